@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from qpipe.accounting import ParameterCount, count_parameters, training_flops
+from qpipe.accounting import ParameterCount, count_parameters, linear_shapes, training_flops
 from qpipe.errors import QpipeError
 from qpipe.files import write_text
 from qpipe.formats import Representation, from_canonical, storage_bits
@@ -44,9 +44,9 @@ class Run(BaseModel):
 
     @cached_property
     def id(self) -> str:
-        """Readable slug + digest, e.g. ``30M-d100x-w4a4-s0-1f3a9c2e``."""
-        ratio = f"{self.tokens_per_parameter:.4g}"
-        return f"{self.size}-d{ratio}x-{self.format_spec.slug}-s{self.seed}-{digest(self.science())}"
+        """Readable slug + digest, e.g. ``n30m-d100x-w4a4-s0-1f3a9c2e``."""
+        ratio, label = f"{self.tokens_per_parameter:.4g}", self.representation_name.replace(":", "-")
+        return f"n{self.size.lower()}-d{ratio}x-{label}-s{self.seed}-{digest(self.science())}"
 
     @cached_property
     def format_spec(self) -> Representation:
@@ -84,8 +84,6 @@ class Run(BaseModel):
 
 def mean_bits(representation: Representation, shape: ModelShape) -> tuple[float, float]:
     """Return (payload, total) stored bits per weight, weighted by the sizes of a block's linear layers."""
-    from qpipe.accounting import linear_shapes
-
     payload = total = count = 0.0
     for _, inputs, outputs in linear_shapes(shape):
         storage = storage_bits(representation, inputs, outputs)

@@ -1,0 +1,41 @@
+# qpipe: what are compressed language models worth?
+#
+#   results/tokens/<corpus>/manifest.json       token store, shared by studies          rule tokenize
+#   results/<study>/study.yaml, plan.json       the resolved study and its runs         rule plan
+#   results/<study>/runs/<run>/record.json      loss of one run, weights beside it      rule train
+#   results/<study>/capacity/<format>.json      what theory predicts before training    rule capacity
+#   results/<study>/losses/<format>.parquet     loss table, one partition per format    rule collect
+#   results/<study>/fits/<law>.json             fitted laws with intervals              rule fit
+#   results/<study>/tables/<law>/               efficiency multipliers                  rule multipliers
+#   results/<study>/figures/<law>/              figures                                 rule figures
+#   results/<study>/report.html                 everything on one page                  rule report
+#
+# Run it with: snakemake --profile profiles/local --configfile config/<study>.yaml
+
+from snakemake.utils import min_version
+
+min_version("9.20")
+
+
+include: "workflow/rules/common.smk"
+include: "workflow/rules/data.smk"
+include: "workflow/rules/runs.smk"
+include: "workflow/rules/laws.smk"
+include: "workflow/rules/report.smk"
+include: "workflow/rules/collect.smk"
+
+
+localrules:
+    all,
+    plan,
+    collect,
+    capacity,
+    fit,
+    multipliers,
+    figures,
+    report,
+
+
+onsuccess:
+    shell(f"cat {RESULTS}/tables/{LAWS[0]}/multipliers.txt 2>/dev/null || true")
+    print(f"report: {RESULTS}/report.html")

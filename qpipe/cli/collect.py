@@ -1,0 +1,52 @@
+"""Collect the records of finished runs into a loss table (Parquet), one row per run.
+
+Units and conventions stand in the metadata of each column. Diverged runs are rows without a loss.
+
+example:
+  qpipe collect results/demo/runs/*/record.json --out losses.parquet
+  qpipe collect @records.txt --out losses.parquet      (one path per line)
+"""
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `qpipe collect`."""
+    parser.add_argument("records", nargs="+", metavar="RECORD", help="record.json files, or @FILE that lists them")
+    parser.add_argument("--out", type=Path, required=True, metavar="LOSSES.parquet", help="table to write")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Collect the records."""
+    import pyarrow.parquet as pq
+
+    from qpipe.errors import QpipeError
+    from qpipe.files import replacing
+    from qpipe.record import load_record, loss_table
+
+    paths = [Path(line) for record in args.records for line in _listed(record)]
+    records, problems = [], []
+    for path in paths:
+        try:
+            records.append(load_record(path))
+        except QpipeError as error:
+            problems += error.problems
+    if problems:
+        raise QpipeError(problems)
+    table = loss_table(records)
+    with replacing(args.out) as temporary:
+        pq.write_table(table, temporary)
+    print(f"{table.num_rows} runs -> {args.out}")
+    return 0
+
+
+def _listed(argument: str) -> list[str]:
+    from qpipe.errors import QpipeError
+
+    if not argument.startswith("@"):
+        return [argument]
+    try:
+        return [line for line in Path(argument[1:]).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except OSError as error:
+        raise QpipeError(f"{argument[1:]}: the list of records cannot be read: {error.strerror}") from error

@@ -1,0 +1,365 @@
+"""A study: one typed YAML file from which every run follows.
+
+A study names a corpus, a tokenizer, a ladder of sizes, token budgets, representations and seeds; its runs are the full
+product of the four lists, plus what `include` adds, minus what `exclude` removes. Everything else about a run comes
+from the ladder's recipe. Settings that do not change a run's result (laws, fit options, W&B) stand beside them and
+never enter a run's identity.
+
+Validation reports every mistake at once: unknown keys with the nearest valid one, wrong types, unknown sizes,
+recipes and representations, missing corpus files, rules that match nothing.
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator
+
+from qpipe.corpus_config import CorpusConfig, TokenizerConfig, corpus_identity
+from qpipe.errors import QpipeError
+from qpipe.formats import Representation, resolve
+from qpipe.identity import digest
+from qpipe.recipe import Recipe, Rung, get_recipe
+from qpipe.runs import Run
+from qpipe.study_errors import explain
+from qpipe.yaml_files import parse_yaml, read_yaml
+
+LawName = Literal["chinchilla", "compression", "capacity", "sparsity", "precision", "gamma", "qat-gap", "float"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Ladder(_Strict):
+    """The recipe that turns a size into a shape and a training policy, and what this study changes of it."""
+
+    recipe: str = Field(description="name of the recipe: quest, tiny")
+    version: int | None = Field(default=None, ge=1, description="version of the recipe; asked for and checked")
+    context: int | None = Field(default=None, ge=8, description="sequence length (tokens), else the recipe's")
+    batch_sequences: int | None = Field(default=None, ge=1, description="sequences per step, else the recipe's")
+    precision: Literal["fp32", "bf16"] | None = Field(default=None, description="arithmetic, else the recipe's")
+    schedule: Literal["cosine", "wsd"] | None = Field(default=None, description="learning-rate shape, else the recipe's")
+    learning_rate_scale: float = Field(default=1.0, gt=0, description="factor on the recipe's learning rates")
+    tied_embeddings: bool = Field(default=False, description="share embedding and output head")
+
+
+class CustomSize(Rung):
+    """A size that the recipe does not have."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9.]+$", description="label of the size, used in run ids")
+
+
+class Rule(_Strict):
+    """Selects runs: a run matches when it matches every key given. Values may be single or lists."""
+
+    size: list[str] | None = Field(default=None, description="sizes")
+    tokens_per_parameter: list[float] | None = Field(default=None, description="token budgets as ratios")
+    tokens: list[int] | None = Field(default=None, description="token budgets as counts")
+    representation: list[str] | None = Field(default=None, description="representations, by name")
+    seed: list[int] | None = Field(default=None, description="seeds")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _single_value_is_a_list(cls, value: Any) -> Any:
+        return value if value is None or isinstance(value, list) else [value]
+
+
+class Law(_Strict):
+    """One law to fit."""
+
+    law: LawName = Field(description="name of the law")
+    representations: list[str] | None = Field(default=None, description="fit only these; all of the study if left out")
+    fix: dict[str, float] = Field(default_factory=dict, description="parameters held at given values, e.g. {E: 1.69}")
+
+
+class FitOptions(_Strict):
+    """How every law of the study is fitted."""
+
+    bootstrap: int = Field(default=1000, ge=0, description="bootstrap resamples; 0 gives no intervals")
+    level: float = Field(default=0.9, gt=0, lt=1, description="level of the intervals")
+    seed: int = Field(default=0, ge=0, description="seed of the resampling")
+    delta: float = Field(default=1e-3, gt=0, description="Huber threshold on log-loss residuals")
+    exclude: str | None = Field(default=None, description="rows left out of every fit, e.g. 'd / n < 20'")
+
+
+class Wandb(_Strict):
+    """Where runs are tracked. The environment's WANDB_MODE wins."""
+
+    mode: Literal["auto", "online", "offline", "disabled"] = Field(
+        default="auto", description="auto: online where an API key is set, else offline"
+    )
+    project: str = Field(default="qpipe", description="W&B project")
+    entity: str | None = Field(default=None, description="W&B team or user")
+
+
+def _size_kind(value: Any) -> str:
+    return "named" if isinstance(value, str) else "custom"
+
+
+Size = Annotated[Annotated[str, Tag("named")] | Annotated[CustomSize, Tag("custom")], Discriminator(_size_kind)]
+
+
+def _representation_kind(value: Any) -> str:
+    return "preset" if isinstance(value, str) else "composition"
+
+
+RepresentationEntry = Annotated[
+    Annotated[str, Tag("preset")] | Annotated[dict[str, Any], Tag("composition")], Discriminator(_representation_kind)
+]
+
+
+class Study(_Strict):
+    """The whole study file."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", description="name of the study: folder, W&B group")
+    description: str = Field(default="", description="a sentence for the report")
+    corpus: CorpusConfig = Field(description="where the text comes from")
+    tokenizer: TokenizerConfig = Field(description="how text becomes tokens")
+    ladder: Ladder = Field(description="how sizes become shapes and training policies")
+    sizes: list[Size] = Field(min_length=1, description="sizes, by the recipe's names or spelled out")
+    tokens_per_parameter: list[float] | None = Field(
+        default=None, min_length=1, description="token budgets per nominal parameter; either this or `tokens`"
+    )
+    tokens: list[int] | None = Field(default=None, min_length=1, description="token budgets as counts")
+    representations: list[RepresentationEntry] = Field(
+        min_length=1, description="representations: preset names or inline compositions with a `name`"
+    )
+    default_method: str = Field(default="quest", description="method meant by plain names such as w4 or w4a4")
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(default=[0], min_length=1, description="seeds")
+    include: list[Rule] = Field(default=[], description="further runs: keys left out take the study's values")
+    exclude: list[Rule] = Field(default=[], description="runs to leave out")
+    laws: list[Law] = Field(default=[Law(law="compression")], description="laws to fit, by name or spelled out")
+    fit: FitOptions = Field(default=FitOptions(), description="options of the fits")
+    wandb: Wandb = Field(default=Wandb(), description="experiment tracking")
+
+    @field_validator("laws", mode="before")
+    @classmethod
+    def _law_names(cls, value: Any) -> Any:
+        if not isinstance(value, list):
+            return value
+        return [{"law": entry} if isinstance(entry, str) else entry for entry in value]
+
+    @property
+    def recipe(self) -> Recipe:
+        """The ladder's recipe with this study's changes and further sizes."""
+        ladder = self.ladder
+        recipe = get_recipe(ladder.recipe, ladder.version)
+        changed = {
+            key: value
+            for key in ("context", "batch_sequences", "precision", "schedule")
+            if (value := getattr(ladder, key)) is not None
+        }
+        custom = {s.name: Rung(**s.model_dump(exclude={"name"})) for s in self.sizes if isinstance(s, CustomSize)}
+        return recipe.model_copy(update={**changed, "rungs": {**recipe.rungs, **custom}})
+
+    @property
+    def size_names(self) -> list[str]:
+        """Labels of the sizes."""
+        return [size if isinstance(size, str) else size.name for size in self.sizes]
+
+    def resolved_representations(self) -> dict[str, Representation]:
+        """The study's representations by name (error: two names for one composition, one name twice)."""
+        resolved = [resolve(entry, default_method=self.default_method) for entry in self.representations]
+        return {representation.name: representation for representation in resolved}
+
+
+def load_study(path: Path) -> Study:
+    """Read and check a study file (errors: every problem at once)."""
+    return parse_study(read_yaml(path), str(path))
+
+
+def read_study(text: str, source: str) -> Study:
+    """Check a study given as YAML or JSON text."""
+    return parse_study(parse_yaml(text, source), source)
+
+
+def parse_study(raw: Any, source: str) -> Study:
+    """Check a study given as plain data; `source` names it in errors."""
+    if not isinstance(raw, Mapping):
+        raise QpipeError(f"{source}: a study is a mapping of settings, found {type(raw).__name__}")
+    problems: list[str] = []
+    study: Study | None = None
+    try:
+        study = Study.model_validate(raw)
+    except ValidationError as error:
+        problems += explain(error, Study, raw)
+    problems += _problems(raw)
+    if study is not None and not problems:
+        problems += _rule_problems(study)
+    if problems:
+        raise QpipeError([f"{source}: {problem}" for problem in dict.fromkeys(problems)])
+    assert study is not None
+    return study
+
+
+def _problems(raw: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what types cannot say, from the raw data, so that it is found beside mistakes of structure."""
+    if "tokens_per_parameter" in raw and "tokens" in raw:
+        yield "tokens_per_parameter and tokens are both given; keep one of them"
+    if "tokens_per_parameter" not in raw and "tokens" not in raw:
+        yield "no token budgets: give tokens_per_parameter (e.g. [20, 50]) or tokens (counts)"
+    for key in ("tokens_per_parameter", "tokens"):
+        budgets = raw.get(key)
+        if isinstance(budgets, list) and any(isinstance(b, int | float) and not b > 0 for b in budgets):
+            yield f"{key}: budgets must be above zero, found {budgets}"
+    yield from _size_problems(raw)
+    yield from _representation_problems(raw)
+
+
+def _size_problems(raw: Mapping[str, Any]) -> Iterator[str]:
+    ladder, sizes = raw.get("ladder"), raw.get("sizes")
+    if not isinstance(ladder, Mapping) or not isinstance(ladder.get("recipe"), str):
+        return
+    try:
+        recipe = get_recipe(ladder["recipe"], ladder.get("version"))
+    except QpipeError as error:
+        yield f"ladder: {error}"
+        return
+    for size in sizes if isinstance(sizes, list) else []:
+        if isinstance(size, str):
+            yield from (f"sizes: {problem}" for problem in _message(lambda size=size: recipe.shape(size, 256)))
+
+
+def _representation_problems(raw: Mapping[str, Any]) -> Iterator[str]:
+    entries = raw.get("representations")
+    method = raw.get("default_method", "quest")
+    found: dict[str, str] = {}
+    for entry in entries if isinstance(entries, list) else []:
+        try:
+            representation = resolve(entry, default_method=method)
+        except QpipeError as error:
+            yield from (f"representations: {problem}" for problem in error.problems)
+            continue
+        composition = digest(representation.canonical(), 16)
+        if composition in found:
+            yield f"representations: '{representation.name}' and '{found[composition]}' are one composition; keep one"
+        elif representation.name in found.values():
+            yield f"representations: the name '{representation.name}' stands for two compositions"
+        found[composition] = representation.name
+
+
+def _message(call: Any) -> list[str]:
+    try:
+        call()
+    except QpipeError as error:
+        return error.problems
+    return []
+
+
+Key = tuple[str, float, str, int]
+"""One run before resolution: size, budget, representation name, seed."""
+
+
+def _product(study: Study) -> list[Key]:
+    budgets = study.tokens_per_parameter or study.tokens or []
+    names = list(study.resolved_representations())
+    keys = list(itertools.product(study.size_names, map(float, budgets), names, study.seeds))
+    for rule in study.include:
+        added = rule.tokens_per_parameter if study.tokens is None else rule.tokens
+        keys += itertools.product(
+            rule.size or study.size_names,
+            map(float, added or budgets),
+            rule.representation or names,
+            rule.seed or study.seeds,
+        )
+    return list(dict.fromkeys(keys))
+
+
+def _matches(rule: Rule, key: Key) -> bool:
+    size, budget, representation, seed = key
+    budgets = rule.tokens if rule.tokens is not None else rule.tokens_per_parameter
+    return (
+        (rule.size is None or size in rule.size)
+        and (budgets is None or any(math.isclose(budget, wanted) for wanted in budgets))
+        and (rule.representation is None or representation in rule.representation)
+        and (rule.seed is None or seed in rule.seed)
+    )
+
+
+def _rule_problems(study: Study) -> Iterator[str]:
+    keys = _product(study)
+    wrong = "tokens" if study.tokens is None else "tokens_per_parameter"
+    known = {"size": set(study.recipe.rungs), "representation": set(study.resolved_representations())}
+    for kind, rules in (("include", study.include), ("exclude", study.exclude)):
+        for position, rule in enumerate(rules):
+            where = f"{kind}[{position}]"
+            if getattr(rule, wrong) is not None:
+                yield f"{where}: {wrong} does not fit a study whose budgets are the other kind"
+            if rule == Rule():
+                yield f"{where}: an empty rule; name at least one of size, representation, seed or a budget"
+            for field, names in known.items():
+                if unknown := [value for value in getattr(rule, field) or [] if value not in names]:
+                    yield f"{where}: {field} {unknown} is not in this study; it has {sorted(names)}"
+            if kind == "exclude" and not any(_matches(rule, key) for key in keys):
+                yield f"{where}: matches no run of the study"
+    if not any(not any(_matches(rule, key) for rule in study.exclude) for key in keys):
+        yield "exclude: leaves no run"
+
+
+def plan(study: Study, base: Path | None = None) -> list[Run]:
+    """Return the study's runs in a fixed order (errors: missing corpus files, two runs with one id).
+
+    Parameters
+    ----------
+    base
+        Folder that relative corpus paths start from; the working folder by default.
+    """
+    corpus = study_corpus(study, base)
+    recipe, formats = study.recipe, study.resolved_representations()
+    keys = [key for key in _product(study) if not any(_matches(rule, key) for rule in study.exclude)]
+    build = functools.partial(_run, study, recipe, formats, corpus)
+    runs = [build(*key) for key in keys]
+    if len({run.id for run in runs}) != len(runs):
+        twice = sorted(_repeated(run.id for run in runs))
+        raise QpipeError([f"two runs of the study have the id {run_id}; rename a size or representation" for run_id in twice])
+    return runs
+
+
+def study_corpus(study: Study, base: Path | None = None) -> str:
+    """Return the digest of corpus and tokenizer, which names the token store."""
+    return digest(corpus_identity(study.corpus, study.tokenizer, base or Path.cwd()), 12)
+
+
+def _repeated(values: Iterable[str]) -> set[str]:
+    seen: set[str] = set()
+    return {value for value in values if value in seen or seen.add(value)}  # type: ignore[func-returns-value]
+
+
+def _run(
+    study: Study,
+    recipe: Recipe,
+    formats: Mapping[str, Representation],
+    corpus: str,
+    size: str,
+    budget: float,
+    name: str,
+    seed: int,
+) -> Run:
+    shape, training = _policy(recipe, size, study.tokenizer.vocab_size, study.ladder)
+    nominal = recipe.rungs[size].nominal
+    tokens = budget if study.tokens is not None else budget * nominal
+    return Run(
+        size=size,
+        representation_name=name,
+        tokens_per_parameter=tokens / nominal,
+        shape=shape,
+        training=training,
+        steps=max(1, int(tokens // (training.batch_sequences * shape.context))),
+        representation=formats[name].canonical(),
+        corpus=corpus,
+        seed=seed,
+    )
+
+
+def _policy(recipe: Recipe, size: str, vocab_size: int, ladder: Ladder) -> tuple[Any, Any]:
+    shape, training = recipe.shape(size, vocab_size), recipe.training(size)
+    if ladder.tied_embeddings:
+        shape = shape.model_copy(update={"tied_embeddings": True})
+    if ladder.learning_rate_scale != 1.0:
+        rate = training.learning_rate * ladder.learning_rate_scale
+        training = training.model_copy(update={"learning_rate": rate})
+    return shape, training

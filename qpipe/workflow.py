@@ -1,0 +1,109 @@
+"""What the Snakefile knows: the study, its runs, and which result depends on what.
+
+The Snakefile is parsed again in every cluster job, so this module and all it imports stay free of torch.
+"""
+
+import ast
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from qpipe.errors import QpipeError
+from qpipe.formats import Representation
+from qpipe.identity import canonical_json, digest
+from qpipe.runs import Run
+from qpipe.study import Law, Study, load_study, plan, study_corpus
+
+_PACKAGE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class LawJob:
+    """One law of a study and the partitions of the loss table it is fitted to."""
+
+    law: Law
+    formats: list[str]
+    """slugs of the representations, in the study's order"""
+    options: str
+    """command-line options of `qpipe fit`"""
+
+
+class Workflow:
+    """A checked study with everything that rules look up."""
+
+    def __init__(self, study: Study, base: Path | None = None) -> None:
+        self.study = study
+        self.name = study.name
+        self.corpus = study_corpus(study, base)
+        self.runs: dict[str, Run] = {run.id: run for run in plan(study, base)}
+        self.formats: dict[str, Representation] = {f.slug: f for f in study.resolved_representations().values()}
+
+    @classmethod
+    def from_snakemake(cls, workflow: Any) -> "Workflow":
+        """Read the study that Snakemake was given with `--configfile` (errors: none, several, `--config` on top)."""
+        files = [Path(path) for path in workflow.configfiles]
+        if len(files) != 1:
+            raise QpipeError(
+                f"give one study: snakemake --profile profiles/local --configfile config/demo.yaml; found {len(files)}"
+            )
+        if workflow.config_settings.config:
+            raise QpipeError("--config cannot change a study: a run is its study file; copy the file and edit it")
+        return cls(load_study(files[0]))
+
+    @cached_property
+    def runs_of(self) -> dict[str, list[str]]:
+        """Run ids by the slug of their representation."""
+        slugs = {representation.name: slug for slug, representation in self.formats.items()}
+        grouped: dict[str, list[str]] = {slug: [] for slug in self.formats}
+        for run in self.runs.values():
+            grouped[slugs[run.representation_name]].append(run.id)
+        return {slug: ids for slug, ids in grouped.items() if ids}
+
+    @cached_property
+    def laws(self) -> dict[str, LawJob]:
+        """The study's laws by name."""
+        return {law.law: LawJob(law, self._formats_of(law), self._options(law)) for law in self.study.laws}
+
+    @property
+    def study_json(self) -> str:
+        """The study as canonical JSON: what `qpipe plan -` reads."""
+        return canonical_json(self.study.model_dump(mode="json", exclude_defaults=True))
+
+    def _formats_of(self, law: Law) -> list[str]:
+        if law.law == "chinchilla" and law.representations is None:
+            return [slug for slug in self.runs_of if self.formats[slug].is_dense]
+        return [
+            slug
+            for slug in self.runs_of
+            if law.representations is None or self.formats[slug].name in law.representations
+        ]
+
+    def _options(self, law: Law) -> str:
+        fit = self.study.fit
+        options = f"--bootstrap {fit.bootstrap} --level {fit.level} --seed {fit.seed} --delta {fit.delta}"
+        fixed = "".join(f" --fix {name}={value}" for name, value in law.fix.items())
+        return options + fixed + (f" --exclude '{fit.exclude}'" if fit.exclude else "")
+
+
+def source_digest(*parts: str) -> str:
+    """Return a digest of the code of modules or packages of qpipe, blind to comments and docstrings.
+
+    Cheap steps take it as a parameter, so that a change of what they compute runs them again and a change of how it is
+    explained does not. Parts are paths below the package, e.g. ``laws`` or ``record.py``.
+    """
+    return digest([_code(path) for part in parts for path in _modules(_PACKAGE / part)], 12)
+
+
+def _modules(path: Path) -> Iterable[Path]:
+    return sorted(path.rglob("*.py")) if path.is_dir() else [path]
+
+
+def _code(path: Path) -> str:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+            del body[0]
+    return ast.dump(tree)

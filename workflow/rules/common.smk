@@ -1,0 +1,38 @@
+"""The study, its runs and the paths of everything; imported by every other file.
+
+Parsed again in every cluster job, so nothing here imports torch.
+"""
+
+import json
+import sys
+
+from qpipe.workflow import Workflow
+
+STUDY = Workflow.from_snakemake(workflow)
+RESULTS = f"results/{STUDY.name}"
+TOKENS = f"results/tokens/{STUDY.corpus}/manifest.json"
+RUNS = STUDY.runs
+LAWS = list(STUDY.laws)
+FORMATS = STUDY.formats
+QPIPE = f"{sys.executable} -m qpipe"
+
+
+wildcard_constraints:
+    run="[^/]+",
+    format="[^/]+",
+    law="[a-z-]+",
+
+
+def records_of_format(wildcards):
+    """Records of the runs of one representation."""
+    return [f"{RESULTS}/runs/{run}/record.json" for run in STUDY.runs_of[wildcards.format]]
+
+
+def losses_of_law(wildcards):
+    """Partitions of the loss table that a law is fitted to: no others can invalidate it."""
+    return [f"{RESULTS}/losses/{name}.parquet" for name in STUDY.laws[wildcards.law].formats]
+
+
+def capacity_of_law(wildcards):
+    """Capacity of the representations that a law is fitted to."""
+    return [f"{RESULTS}/capacity/{name}.json" for name in STUDY.laws[wildcards.law].formats]

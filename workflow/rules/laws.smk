@@ -1,0 +1,80 @@
+"""Records to multipliers.
+
+REQUIRED INPUTS
+    records of the runs, the study's representations
+OUTPUTS
+    results/<study>/capacity/<format>.json      GMSE, predicted multiplier rho, bits/weight
+    results/<study>/losses/<format>.parquet     loss table of one representation
+    results/<study>/fits/<law>.json             fitted law
+    results/<study>/tables/<law>/               multiplier table as parquet, csv, md, tex, txt
+
+Each step takes the digest of the code it runs as a parameter: a change of the fit refits, retrains nothing.
+"""
+
+
+rule capacity:
+    output:
+        f"{RESULTS}/capacity/{{format}}.json",
+    log:
+        f"logs/capacity/{STUDY.name}/{{format}}.log",
+    params:
+        representation=lambda wildcards: STUDY.formats[wildcards.format].model_dump_json(exclude_defaults=True),
+        code=source_digest("formats", "compress"),
+    message:
+        "Computing the capacity of {wildcards.format}"
+    shell:
+        "{QPIPE} capacity {params.representation:q} --json --out {output} 2> {log}"
+
+
+rule collect:
+    input:
+        records=records_of_format,
+    output:
+        f"{RESULTS}/losses/{{format}}.parquet",
+    log:
+        f"logs/collect/{STUDY.name}/{{format}}.log",
+    params:
+        records=records_of_format,
+        code=source_digest("record.py", "cli/collect.py"),
+    message:
+        "Collecting the losses of {wildcards.format}"
+    run:
+        # A study may have more records than a command line holds: the names travel in a file.
+        listing = Path(log[0]).with_suffix(".list")
+        listing.write_text("\n".join(input.records) + "\n")
+        shell("{QPIPE} collect @{listing} --out {output} > {log} 2>&1")
+
+
+rule fit:
+    input:
+        losses=losses_of_law,
+        capacity=capacity_of_law,
+    output:
+        f"{RESULTS}/fits/{{law}}.json",
+    log:
+        f"logs/fit/{STUDY.name}/{{law}}.log",
+    benchmark:
+        f"benchmarks/workflow/fit/{STUDY.name}/{{law}}.tsv"
+    params:
+        options=lambda wildcards: STUDY.laws[wildcards.law].options,
+        code=source_digest("laws", "cli/fit.py"),
+    message:
+        "Fitting the {wildcards.law} law of study {STUDY.name}"
+    shell:
+        "{QPIPE} fit {input.losses} --law {wildcards.law} --capacity {input.capacity} {params.options}"
+        " --out {output} > {log} 2>&1"
+
+
+rule multipliers:
+    input:
+        f"{RESULTS}/fits/{{law}}.json",
+    output:
+        multiext(f"{RESULTS}/tables/{{law}}/multipliers", ".parquet", ".csv", ".md", ".tex", ".txt"),
+    log:
+        f"logs/multipliers/{STUDY.name}/{{law}}.log",
+    params:
+        code=source_digest("laws", "cli/multipliers.py"),
+    message:
+        "Writing the multiplier tables of the {wildcards.law} law"
+    shell:
+        "{QPIPE} multipliers {input} --out $(dirname {output[0]}) > {log} 2>&1"

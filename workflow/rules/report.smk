@@ -1,0 +1,47 @@
+"""Figures and the report.
+
+REQUIRED INPUTS
+    fitted laws, multiplier tables, loss tables, the plan
+OUTPUTS
+    results/<study>/figures/<law>/              static figures and figures.json
+    results/<study>/report.html                 one self-contained page
+"""
+
+
+rule figures:
+    input:
+        fit=f"{RESULTS}/fits/{{law}}.json",
+        capacity=capacity_of_law,
+    output:
+        f"{RESULTS}/figures/{{law}}/figures.json",
+    log:
+        f"logs/figures/{STUDY.name}/{{law}}.log",
+    params:
+        code=source_digest("report", "cli/figures.py"),
+    message:
+        "Drawing the figures of the {wildcards.law} law"
+    shell:
+        "{QPIPE} figures {input.fit} --capacity {input.capacity} --out $(dirname {output}) > {log} 2>&1"
+
+
+rule report:
+    input:
+        study=f"{RESULTS}/study.yaml",
+        plan=f"{RESULTS}/plan.json",
+        losses=expand("{results}/losses/{format}.parquet", results=RESULTS, format=STUDY.runs_of),
+        capacity=expand("{results}/capacity/{format}.json", results=RESULTS, format=STUDY.runs_of),
+        fits=expand("{results}/fits/{law}.json", results=RESULTS, law=LAWS),
+        tables=expand("{results}/tables/{law}/multipliers.parquet", results=RESULTS, law=LAWS),
+        figures=expand("{results}/figures/{law}/figures.json", results=RESULTS, law=LAWS),
+    output:
+        f"{RESULTS}/report.html",
+    log:
+        f"logs/report/{STUDY.name}.log",
+    params:
+        code=source_digest("report", "cli/report.py"),
+    message:
+        f"Writing {RESULTS}/report.html"
+    shell:
+        "{QPIPE} report --study {input.study} --plan {input.plan} --runs {RESULTS}/runs --losses {input.losses}"
+        " --capacity {input.capacity} --fit {input.fits} --table {input.tables} --figures {input.figures}"
+        " --out {output} > {log} 2>&1"

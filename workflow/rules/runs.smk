@@ -1,0 +1,50 @@
+"""The study's runs: planned, then trained.
+
+REQUIRED INPUTS
+    the study (through Snakemake's --configfile), the token store
+OUTPUTS
+    results/<study>/study.yaml, plan.json       resolved study and its runs
+    results/<study>/runs/<run>/run.yaml         one per run
+    results/<study>/runs/<run>/record.json      loss of the run; model.safetensors, curve.parquet, runtime.json beside
+
+A run's id holds a digest of its run.yaml and the digest of its corpus, so both inputs of training are fixed by the
+name of its folder: `ancient` tells Snakemake that their time stamps mean nothing.
+"""
+
+
+rule plan:
+    output:
+        study=f"{RESULTS}/study.yaml",
+        plan=f"{RESULTS}/plan.json",
+        runs=expand("{results}/runs/{run}/run.yaml", results=RESULTS, run=RUNS),
+    log:
+        f"logs/plan/{STUDY.name}.log",
+    params:
+        study=STUDY.study_json,
+        corpus=STUDY.corpus,
+    message:
+        f"Planning study {STUDY.name}: {len(RUNS)} runs"
+    shell:
+        "printf %s {params.study:q} | {QPIPE} plan - --write {RESULTS} > {log} 2>&1"
+
+
+rule train:
+    input:
+        run=ancient(f"{RESULTS}/runs/{{run}}/run.yaml"),
+        tokens=ancient(TOKENS),
+    output:
+        record=f"{RESULTS}/runs/{{run}}/record.json",
+        weights=f"{RESULTS}/runs/{{run}}/model.safetensors",
+    log:
+        f"logs/train/{STUDY.name}/{{run}}.log",
+    benchmark:
+        f"benchmarks/workflow/train/{STUDY.name}/{{run}}.tsv"
+    threads: 1
+    resources:
+        mem_mb=lambda wildcards, attempt: 2000 * attempt,
+        runtime=lambda wildcards, attempt: 240 * attempt,
+    message:
+        "Training {wildcards.run}"
+    shell:
+        "OMP_NUM_THREADS={threads} QPIPE_WANDB_GROUP={STUDY.name} {WANDB} "
+        "{QPIPE} train {input.run} {input.tokens} {RESULTS}/runs/{wildcards.run} >> {log} 2>&1"
