@@ -198,12 +198,13 @@ def parse_study(raw: Any, source: str) -> Study:
 
 def _problems(raw: Mapping[str, Any]) -> Iterator[str]:
     """Yield what types cannot say, from the raw data, so that it is found beside mistakes of structure."""
-    if "tokens_per_parameter" in raw and "tokens" in raw:
+    given = [key for key in ("tokens_per_parameter", "tokens") if raw.get(key) is not None]
+    if len(given) == 2:
         yield "tokens_per_parameter and tokens are both given; keep one of them"
-    if "tokens_per_parameter" not in raw and "tokens" not in raw:
+    if not given:
         yield "no token budgets: give tokens_per_parameter (e.g. [20, 50]) or tokens (counts)"
-    for key in ("tokens_per_parameter", "tokens"):
-        budgets = raw.get(key)
+    for key in given:
+        budgets = raw[key]
         if isinstance(budgets, list) and any(isinstance(b, int | float) and not b > 0 for b in budgets):
             yield f"{key}: budgets must be above zero, found {budgets}"
     yield from _size_problems(raw)

@@ -4,6 +4,7 @@ The Snakefile is parsed again in every cluster job, so this module and all it im
 """
 
 import ast
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -70,6 +71,13 @@ class Workflow:
     def study_json(self) -> str:
         """The study as canonical JSON: what `qpipe plan -` reads."""
         return canonical_json(self.study.model_dump(mode="json", exclude_defaults=True))
+
+    @property
+    def wandb_environment(self) -> str:
+        """Shell assignments that tell trainers where to track their runs."""
+        wandb = self.study.wandb
+        settings = {"MODE": wandb.mode, "PROJECT": wandb.project, "ENTITY": wandb.entity or "", "GROUP": self.name}
+        return " ".join(f"QPIPE_WANDB_{key}={shlex.quote(value)}" for key, value in settings.items())
 
     def _formats_of(self, law: Law) -> list[str]:
         if law.law == "chinchilla" and law.representations is None:

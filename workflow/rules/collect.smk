@@ -19,7 +19,9 @@ rule runs:
 
 rule losses:
     input:
-        expand("{results}/losses/{format}.parquet", results=RESULTS, format=STUDY.runs_of),
+        expand(
+            "{results}/losses/{format}.parquet", results=RESULTS, format=STUDY.runs_of
+        ),
 
 
 rule fits:

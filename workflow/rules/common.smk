@@ -3,10 +3,10 @@
 Parsed again in every cluster job, so nothing here imports torch.
 """
 
-import json
 import sys
+from pathlib import Path
 
-from qpipe.workflow import Workflow
+from qpipe.workflow import Workflow, source_digest
 
 STUDY = Workflow.from_snakemake(workflow)
 RESULTS = f"results/{STUDY.name}"
@@ -15,6 +15,7 @@ RUNS = STUDY.runs
 LAWS = list(STUDY.laws)
 FORMATS = STUDY.formats
 QPIPE = f"{sys.executable} -m qpipe"
+WANDB = STUDY.wandb_environment
 
 
 wildcard_constraints:
@@ -25,14 +26,20 @@ wildcard_constraints:
 
 def records_of_format(wildcards):
     """Records of the runs of one representation."""
-    return [f"{RESULTS}/runs/{run}/record.json" for run in STUDY.runs_of[wildcards.format]]
+    return [
+        f"{RESULTS}/runs/{run}/record.json" for run in STUDY.runs_of[wildcards.format]
+    ]
 
 
 def losses_of_law(wildcards):
     """Partitions of the loss table that a law is fitted to: no others can invalidate it."""
-    return [f"{RESULTS}/losses/{name}.parquet" for name in STUDY.laws[wildcards.law].formats]
+    return [
+        f"{RESULTS}/losses/{name}.parquet" for name in STUDY.laws[wildcards.law].formats
+    ]
 
 
 def capacity_of_law(wildcards):
     """Capacity of the representations that a law is fitted to."""
-    return [f"{RESULTS}/capacity/{name}.json" for name in STUDY.laws[wildcards.law].formats]
+    return [
+        f"{RESULTS}/capacity/{name}.json" for name in STUDY.laws[wildcards.law].formats
+    ]

@@ -18,7 +18,9 @@ rule capacity:
     log:
         f"logs/capacity/{STUDY.name}/{{format}}.log",
     params:
-        representation=lambda wildcards: STUDY.formats[wildcards.format].model_dump_json(exclude_defaults=True),
+        representation=lambda wildcards: STUDY.formats[
+            wildcards.format
+        ].model_dump_json(exclude_defaults=True),
         code=source_digest("formats", "compress"),
     message:
         "Computing the capacity of {wildcards.format}"
@@ -69,7 +71,14 @@ rule multipliers:
     input:
         f"{RESULTS}/fits/{{law}}.json",
     output:
-        multiext(f"{RESULTS}/tables/{{law}}/multipliers", ".parquet", ".csv", ".md", ".tex", ".txt"),
+        multiext(
+            f"{RESULTS}/tables/{{law}}/multipliers",
+            ".parquet",
+            ".csv",
+            ".md",
+            ".tex",
+            ".txt",
+        ),
     log:
         f"logs/multipliers/{STUDY.name}/{{law}}.log",
     params:

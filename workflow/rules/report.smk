@@ -28,11 +28,19 @@ rule report:
     input:
         study=f"{RESULTS}/study.yaml",
         plan=f"{RESULTS}/plan.json",
-        losses=expand("{results}/losses/{format}.parquet", results=RESULTS, format=STUDY.runs_of),
-        capacity=expand("{results}/capacity/{format}.json", results=RESULTS, format=STUDY.runs_of),
+        losses=expand(
+            "{results}/losses/{format}.parquet", results=RESULTS, format=STUDY.runs_of
+        ),
+        capacity=expand(
+            "{results}/capacity/{format}.json", results=RESULTS, format=STUDY.runs_of
+        ),
         fits=expand("{results}/fits/{law}.json", results=RESULTS, law=LAWS),
-        tables=expand("{results}/tables/{law}/multipliers.parquet", results=RESULTS, law=LAWS),
-        figures=expand("{results}/figures/{law}/figures.json", results=RESULTS, law=LAWS),
+        tables=expand(
+            "{results}/tables/{law}/multipliers.parquet", results=RESULTS, law=LAWS
+        ),
+        figures=expand(
+            "{results}/figures/{law}/figures.json", results=RESULTS, law=LAWS
+        ),
     output:
         f"{RESULTS}/report.html",
     log:

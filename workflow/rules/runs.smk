@@ -46,5 +46,5 @@ rule train:
     message:
         "Training {wildcards.run}"
     shell:
-        "OMP_NUM_THREADS={threads} QPIPE_WANDB_GROUP={STUDY.name} {WANDB} "
+        "OMP_NUM_THREADS={threads} {WANDB} "
         "{QPIPE} train {input.run} {input.tokens} {RESULTS}/runs/{wildcards.run} >> {log} 2>&1"
