@@ -6,6 +6,7 @@ not science and stands beside it in `runtime.json`. The loss table is one row pe
 the Arrow metadata of each column.
 """
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -102,7 +103,7 @@ def loss_row(record: Record) -> dict[str, Any]:
 def loss_table(records: list[Record]) -> pa.Table:
     """Return the loss table of records, sorted by representation, size, tokens and seed (errors: a run twice)."""
     rows = sorted(map(loss_row, records), key=lambda r: (r["representation"], r["n"], r["d"], r["seed"], r["run"]))
-    twice = sorted({a["run"] for a, b in zip(rows, rows[1:], strict=False) if a["run"] == b["run"]})
+    twice = sorted({a["run"] for a, b in itertools.pairwise(rows) if a["run"] == b["run"]})
     if twice:
         raise QpipeError([f"run {run} was given twice" for run in twice])
     return pa.Table.from_pylist(rows, schema=LOSS_SCHEMA)

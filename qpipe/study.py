@@ -42,7 +42,9 @@ class Ladder(_Strict):
     context: int | None = Field(default=None, ge=8, description="sequence length (tokens), else the recipe's")
     batch_sequences: int | None = Field(default=None, ge=1, description="sequences per step, else the recipe's")
     precision: Literal["fp32", "bf16"] | None = Field(default=None, description="arithmetic, else the recipe's")
-    schedule: Literal["cosine", "wsd"] | None = Field(default=None, description="learning-rate shape, else the recipe's")
+    schedule: Literal["cosine", "wsd"] | None = Field(
+        default=None, description="learning-rate shape, else the recipe's"
+    )
     learning_rate_scale: float = Field(default=1.0, gt=0, description="factor on the recipe's learning rates")
     tied_embeddings: bool = Field(default=False, description="share embedding and output head")
 
@@ -316,7 +318,9 @@ def plan(study: Study, base: Path | None = None) -> list[Run]:
     runs = [build(*key) for key in keys]
     if len({run.id for run in runs}) != len(runs):
         twice = sorted(_repeated(run.id for run in runs))
-        raise QpipeError([f"two runs of the study have the id {run_id}; rename a size or representation" for run_id in twice])
+        raise QpipeError(
+            [f"two runs of the study have the id {run_id}; rename a size or representation" for run_id in twice]
+        )
     return runs
 
 

@@ -34,8 +34,10 @@ _Loader.yaml_implicit_resolvers = {
 _Loader.add_implicit_resolver(_NUMBERS[0], re.compile(r"^[-+]?[0-9][0-9_]*$"), list("-+0123456789"))
 _Loader.add_implicit_resolver(
     _NUMBERS[1],
-    re.compile(r"^[-+]?([0-9][0-9_]*\.[0-9_]*([eE][-+]?[0-9]+)?|\.[0-9]+([eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+"
-               r"|\.(inf|Inf|INF)|\.(nan|NaN|NAN))$".replace("\n", "")),
+    re.compile(
+        r"^[-+]?([0-9][0-9_]*\.[0-9_]*([eE][-+]?[0-9]+)?|\.[0-9]+([eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+"
+        r"|\.(inf|Inf|INF)|\.(nan|NaN|NAN))$".replace("\n", "")
+    ),
     list("-+0123456789."),
 )
 
@@ -43,7 +45,7 @@ _Loader.add_implicit_resolver(
 def parse_yaml(text: str, source: str) -> Any:
     """Parse YAML text; `source` names it in errors (unreadable YAML, repeated keys)."""
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+        return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{source}, line {mark.line + 1}" if mark else source

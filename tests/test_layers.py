@@ -9,7 +9,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "qpipe"
 LAYERS = {
-    0: "errors identity yaml_files files recipe accounting formats runs record progress corpus_config study study_errors workflow",
+    0: "errors identity yaml_files files recipe accounting formats runs record progress corpus_config study study_errors"
+    " workflow",
     1: "corpus compress model laws",
     2: "train ptq report",
     3: "cli __main__",
@@ -58,6 +59,8 @@ def test_only_the_command_line_prints_or_exits():
 
 
 def test_the_workflow_parses_without_torch():
-    code = "import sys, qpipe.workflow; print([m for m in ('torch', 'lightning', 'wandb', 'pandas') if m in sys.modules])"
+    code = (
+        "import sys, qpipe.workflow; print([m for m in ('torch', 'lightning', 'wandb', 'pandas') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -88,9 +88,7 @@ def test_adding_to_a_study_keeps_the_ids_of_its_runs():
 
 
 def test_settings_that_do_not_change_a_run_do_not_change_its_id():
-    changed = ids(
-        name="other", description="x", laws=["compression"], fit={"bootstrap": 7}, wandb={"mode": "disabled"}
-    )
+    changed = ids(name="other", description="x", laws=["compression"], fit={"bootstrap": 7}, wandb={"mode": "disabled"})
     assert changed == ids()
 
 
@@ -133,7 +131,15 @@ def test_include_adds_and_exclude_removes():
 
 
 def test_custom_size():
-    size = {"name": "mine", "nominal": 50_000, "layers": 3, "width": 48, "heads": 4, "kv_heads": 2, "learning_rate": 0.01}
+    size = {
+        "name": "mine",
+        "nominal": 50_000,
+        "layers": 3,
+        "width": 48,
+        "heads": 4,
+        "kv_heads": 2,
+        "learning_rate": 0.01,
+    }
     run = plan(study(sizes=[size]))[0]
     assert (run.shape.layers, run.shape.kv_heads, run.id[:9]) == (3, 2, "nmine-d10")
 
@@ -195,7 +201,7 @@ def test_each_mistake_has_its_message(changes, message):
 
 def test_yaml_traps():
     assert parse_yaml("[2:4, 1e-3, 30M, 1_000]", "x") == ["2:4", 1e-3, "30M", 1000]
-    with pytest.raises(QpipeError, match="line 2: .*'a' stands twice"):
+    with pytest.raises(QpipeError, match=r"line 2: .*'a' stands twice"):
         parse_yaml("a: 1\na: 2", "x")
     with pytest.raises(QpipeError, match="line 1"):
         parse_yaml("a: [1", "x")
@@ -206,7 +212,8 @@ def test_corpus_identity_follows_content_not_place(tmp_path):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / f"{folder}.txt").write_text("the same words")
     digests = {
-        plan(study(corpus={"source": "files", "paths": [f"{name}/*.txt"]}), tmp_path)[0].corpus for name in ("one", "two")
+        plan(study(corpus={"source": "files", "paths": [f"{name}/*.txt"]}), tmp_path)[0].corpus
+        for name in ("one", "two")
     }
     assert len(digests) == 1
     (tmp_path / "one" / "one.txt").write_text("other words, so another corpus")
