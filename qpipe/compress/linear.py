@@ -1,0 +1,226 @@
+"""The compressed linear layer: one module for every composition.
+
+The master weight stays in the dtype the layer is made with (float32 in training); each forward pass compresses it
+afresh, in float32 whatever the autocast dtype, and multiplies in the autocast dtype. Evaluation uses the same path, so
+a validation loss is the compressed model's loss.
+
+With a rotation H both operands are rotated when activations are compressed, x H and W H, and need no inverse. When
+only the weights are compressed the inverse is folded into them, W' = q(W H) H: the same product, without touching the
+larger activation tensor.
+"""
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from qpipe.compress.gradients import power, power_inverse
+from qpipe.compress.masks import sparsity_at
+from qpipe.compress.prepare import prepare
+from qpipe.compress.quantize import compress
+from qpipe.compress.rotation import rotate
+from qpipe.compress.scales import grouped
+from qpipe.compress.trained import starting_scale
+from qpipe.errors import QpipeError
+from qpipe.formats import Representation, TensorFormat, check_shape
+from qpipe.formats.spec import TRAINED_SCALES
+
+
+class CompressedLinear(nn.Module):
+    """`y = x W^T + b` with weights and activations in a `Representation`.
+
+    Parameters
+    ----------
+    in_features, out_features : widths
+    representation : what to do; for `dense` use `make_linear`
+    bias : add a 16-bit bias
+    device, dtype : of the master weight
+
+    Attributes
+    ----------
+    weight : master weight, shape (out_features, in_features); the only parameter that weight decay may act on
+    weight_scale, activation_scale : trained scales, present only where the representation trains them. They carry
+        `is_scale = True`; give them no weight decay.
+
+    Raises
+    ------
+    QpipeError
+        When a group, vector or n:m block does not tile the input width.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        representation: Representation,
+        *,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_shape(representation, in_features)
+        self.in_features, self.out_features, self.representation = in_features, out_features, representation
+        self.block = representation.hadamard_block(in_features)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, **factory))
+        self.bias = nn.Parameter(torch.empty(out_features, **factory)) if bias else None
+        self.weight_scale = _scale_parameter(self._weight_scale_shape(), device)
+        self.activation_scale = _scale_parameter((1, 1) if _trains(representation.activations) else None, device)
+        self._weights = prepare(representation.weights) if representation.weights else None
+        self._activations = prepare(representation.activations) if representation.activations else None
+        mask = self._weights.mask if self._weights else None
+        self.kept_share: Tensor | None
+        self.register_buffer("kept_share", None)
+        if mask is not None and mask.schedule != "constant":
+            self.register_buffer("kept_share", torch.empty((), device=device), persistent=False)
+        self.scales_ready = self.weight_scale is None and self.activation_scale is None
+        self.register_load_state_dict_post_hook(_mark_scales_ready)
+        self.reset_parameters()
+
+    def _weight_scale_shape(self) -> tuple[int, ...] | None:
+        part = self.representation.weights
+        if not _trains(part):
+            return None
+        assert part is not None
+        if part.group == "tensor":
+            return (1, 1)
+        return (
+            (self.out_features, 1)
+            if part.group == "row"
+            else (self.out_features, self.in_features // int(part.group), 1)
+        )
+
+    def reset_parameters(self) -> None:
+        """Initialise as `nn.Linear` does; trained scales are found from data at the next forward pass."""
+        if self.weight.is_meta:
+            return
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.in_features)
+            nn.init.uniform_(self.bias, -bound, bound)
+        self.scales_ready = self.weight_scale is None and self.activation_scale is None
+        self.set_progress(0.0)
+
+    def set_progress(self, fraction: float) -> None:
+        """Tell the mask schedule which share of training is done (0 to 1); constant masks ignore it."""
+        if self.kept_share is not None and self._weights is not None and self._weights.mask is not None:
+            self.kept_share.fill_(1 - sparsity_at(self._weights.mask, fraction))
+
+    @torch.no_grad()
+    def load_dense_weight(self, weight: Tensor) -> None:
+        """Take over a dense weight, shape (out, in), inverting the layer's reparameterisation."""
+        part = self.representation.weights
+        self.weight.copy_(weight if part is None else power_inverse(weight, part.power))
+        self.scales_ready = self.weight_scale is None and self.activation_scale is None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x`, shape (..., in_features) -> (..., out_features)."""
+        if not self.scales_ready:
+            self._start_scales(x)
+        x = self._represent_input(x)
+        with _full_precision(x.device):
+            weight = self._represent_weight()
+            if self._activations is None:
+                weight = rotate(weight, self.block)
+        return functional.linear(x, weight.to(x.dtype), self.bias)
+
+    def compressed_weight(self) -> Tensor:
+        """The dequantized weight as used, shape (out_features, in_features), in the unrotated input basis."""
+        with torch.no_grad(), _full_precision(self.weight.device):
+            return rotate(self._represent_weight(), self.block)
+
+    def _rotated_weight(self) -> Tensor:
+        stored = self.weight if self._weights is None else power(self.weight, self._weights.part.power)
+        return rotate(stored, self.block)
+
+    def _represent_weight(self) -> Tensor:
+        """Weight in the rotated basis."""
+        if self._weights is None:
+            return self._rotated_weight()
+        return compress(
+            self._rotated_weight(),
+            self._weights,
+            scale=self.weight_scale,
+            scale_count=self.weight.numel(),
+            kept_share=self.kept_share,
+            training=self.training,
+        )
+
+    def _represent_input(self, x: Tensor) -> Tensor:
+        if self._activations is None:
+            return x
+        return compress(
+            rotate(x, self.block),
+            self._activations,
+            scale=self.activation_scale,
+            scale_count=self.in_features,
+            per_token=True,
+            training=self.training,
+        )
+
+    @torch.no_grad()
+    @torch.compiler.disable
+    def _start_scales(self, x: Tensor) -> None:
+        """Set trained scales from the weights and from the first batch."""
+        with _full_precision(x.device):
+            if self.weight_scale is not None and self._weights is not None:
+                groups = grouped(self._rotated_weight(), self._weights.part.group)
+                self.weight_scale.copy_(starting_scale(groups, self._weights))
+            if self.activation_scale is not None and self._activations is not None:
+                groups = grouped(rotate(x.float(), self.block), self._activations.part.group)
+                self.activation_scale.copy_(starting_scale(groups, self._activations))
+        self.scales_ready = True
+
+    def extra_repr(self) -> str:
+        """Shown by `print(module)`."""
+        return f"{self.in_features}, {self.out_features}, {self.representation.name}, bias={self.bias is not None}"
+
+
+def _full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """Autocast off; the meta device has no autocast to turn off."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
+def _trains(part: TensorFormat | None) -> bool:
+    return part is not None and part.scale in TRAINED_SCALES
+
+
+def _scale_parameter(shape: Sequence[int] | None, device: torch.device | str | None) -> nn.Parameter | None:
+    if shape is None:
+        return None
+    parameter = nn.Parameter(torch.empty(*shape, device=device, dtype=torch.float32))
+    parameter.is_scale = True  # type: ignore[attr-defined]
+    return parameter
+
+
+def _mark_scales_ready(module: nn.Module, _: Any) -> None:
+    module.scales_ready = True  # type: ignore[assignment]
+
+
+def make_linear(
+    in_features: int,
+    out_features: int,
+    representation: Representation,
+    *,
+    bias: bool = False,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Linear | CompressedLinear:
+    """`nn.Linear` for dense, else `CompressedLinear`."""
+    if representation.is_dense:
+        return nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
+    return CompressedLinear(in_features, out_features, representation, bias=bias, device=device, dtype=dtype)
+
+
+def set_progress(model: nn.Module, fraction: float) -> None:
+    """Advance the mask schedules of every compressed layer of `model` to `fraction` of training."""
+    if not 0 <= fraction <= 1:
+        raise QpipeError(f"training progress {fraction}: give the share of training done, from 0 to 1")
+    for module in model.modules():
+        if isinstance(module, CompressedLinear):
+            module.set_progress(fraction)

@@ -1,0 +1,139 @@
+"""One side of a layer: a `TensorFormat` applied to a tensor, forward exactly and backward by its estimator.
+
+The order is fixed: (rotate,) prune, find the scale of the dense numbers, round, zero the pruned ones, attach the
+gradient rule. So a sparse and quantized weight is pruned first and its scale is that of the dense row (2502.05003).
+"""
+
+import torch
+from torch import Tensor
+
+from qpipe.compress.gradients import straight_through
+from qpipe.compress.grids import round_to_grid
+from qpipe.compress.masks import gradient_mask, select, select_per_token
+from qpipe.compress.prepare import Prepared
+from qpipe.compress.scales import find_scale, grouped, reciprocal
+from qpipe.compress.trained import compress_with_trained_scale
+
+
+def compress(
+    x: Tensor,
+    prepared: Prepared,
+    *,
+    scale: Tensor | None = None,
+    scale_count: int = 1,
+    kept_share: Tensor | None = None,
+    per_token: bool = False,
+    training: bool = False,
+) -> Tensor:
+    """Represent `x`, shape (..., width), and differentiate by the format's own rule.
+
+    Parameters
+    ----------
+    scale : the trained scale, where the scale rule has one
+    scale_count : numbers that LSQ counts in the gradient scale: the matrix's (weights) or one token's (activations)
+    kept_share : share kept at this point of a mask schedule (0-dim tensor); None for the final mask
+    per_token : choose masks per last-dimension row (activations) instead of over the whole tensor (weights)
+    training : enables what differs in training only: Quant-Noise shares and uniform noise
+    """
+    grid = prepared.grid
+    keep = _choose(x, prepared, kept_share, per_token)
+    if grid is None:
+        return x if keep is None else _prune(x, prepared, keep)
+    if grid.family == "noise":
+        return add_noise(x, grid.bits, keep)
+    if scale is not None:
+        return compress_with_trained_scale(x, prepared, scale, scale_count, keep)
+    with torch.no_grad():
+        value, gate = _represent(x, prepared, keep, training=training)
+        if training and prepared.part.share < 1:
+            value, gate = _leave_some_exact(x, value, gate, prepared.part.share, keep)
+    return straight_through(x, value, gate)
+
+
+def _choose(x: Tensor, prepared: Prepared, kept_share: Tensor | None, per_token: bool) -> Tensor | None:
+    if prepared.mask is None:
+        return None
+    with torch.no_grad():
+        return select_per_token(x, prepared.mask) if per_token else select(x, prepared.mask, kept_share)
+
+
+def _prune(x: Tensor, prepared: Prepared, keep: Tensor) -> Tensor:
+    """Sparsity without a grid."""
+    assert prepared.mask is not None
+    with torch.no_grad():
+        value, gate = x * keep, gradient_mask(x, keep, prepared.mask)
+    return straight_through(x, value, gate)
+
+
+def _represent(x: Tensor, prepared: Prepared, keep: Tensor | None, *, training: bool) -> tuple[Tensor, Tensor | None]:
+    """Compressed value of `x`, and where its gradient passes (None: everywhere), both of the shape of `x`."""
+    assert prepared.grid is not None
+    groups = grouped(x, prepared.part.group)
+    scale = find_scale(groups, prepared)
+    y = groups * reciprocal(scale)
+    gate = _trusted(y, prepared)
+    if keep is not None and prepared.mask is not None:
+        gate = _join(x, y, keep.reshape(y.shape), gate, prepared)
+    if prepared.part.gradient == "uniform-noise" and training:
+        value = (y + torch.rand_like(y) - 0.5).mul_(scale)
+    else:
+        value = round_to_grid(y, prepared.grid).mul_(scale)
+    if keep is not None:
+        value = value * keep.reshape(value.shape)
+    return value.reshape(x.shape), None if gate is None else gate.reshape(x.shape)
+
+
+def _trusted(y: Tensor, prepared: Prepared) -> Tensor | None:
+    """Where the estimator passes gradient, from numbers in grid units; None for everywhere.
+
+    On an integer grid the error is at most half a step exactly on the grid's own range widened by half a step, so
+    the trust mask needs one comparison and no rounded value.
+    """
+    assert prepared.grid is not None
+    gradient, grid = prepared.part.gradient, prepared.grid
+    if gradient in ("ste", "uniform-noise"):
+        return None
+    if gradient == "trust" and not grid.uniform:
+        return (round_to_grid(y.clone(), grid) - y).abs() <= prepared.radius
+    if gradient == "trust" and prepared.part.outer is not None:
+        return y.abs() <= prepared.part.outer * prepared.high
+    low, high = prepared.low, prepared.high
+    if gradient == "trust":
+        low, high = low - prepared.radius, high + prepared.radius
+    return y.abs() <= high if low == -high else (y >= low) & (y <= high)
+
+
+def _join(x: Tensor, y: Tensor, keep: Tensor, trusted: Tensor | None, prepared: Prepared) -> Tensor | None:
+    """Join the estimator's gate with the pruning mask's backward rule: kept numbers obey both, pruned ones the mask's.
+
+    With backward `trust` a pruned number, represented by 0, is trusted where 0 lies within the trust radius.
+    """
+    assert prepared.mask is not None
+    if prepared.mask.backward == "trust":
+        assert trusted is not None
+        return torch.where(keep, trusted, y.abs() <= prepared.radius)
+    by_mask = gradient_mask(x, keep.reshape(x.shape), prepared.mask)
+    if trusted is None:
+        return by_mask
+    by_mask = torch.ones_like(keep) if by_mask is None else by_mask.reshape(keep.shape)
+    return torch.where(keep, trusted & by_mask, by_mask)
+
+
+def _leave_some_exact(
+    x: Tensor, value: Tensor, gate: Tensor | None, share: float, keep: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Quant-Noise: a random 1 - share of the numbers stays exact in this step, and its gradient with it."""
+    exact = torch.rand_like(x) >= share
+    if keep is not None:
+        exact = exact & keep
+    return torch.where(exact, x, value), None if gate is None else gate | exact
+
+
+def add_noise(x: Tensor, bits: float, keep: Tensor | None = None) -> Tensor:
+    """Gaussian noise of relative variance 4^-bits in place of a quantizer, in training and evaluation alike.
+
+    No quantizer of this rate has a smaller error (rate-distortion bound of the Gaussian). The noise is scaled by the
+    standard deviation of the last dimension and fresh in every call; the gradient flows through all of it.
+    """
+    noisy = x + torch.randn_like(x) * x.std(dim=-1, keepdim=True, correction=0) * 2.0**-bits
+    return noisy if keep is None else noisy * keep

@@ -1,0 +1,39 @@
+"""Block Hadamard rotation of the input dimension.
+
+H is the normalised Sylvester matrix of a power-of-two block: symmetric and orthogonal, so it is its own inverse and
+x H (W H)^T = x W^T. Rotating mixes each block of inputs, which makes any row look Gaussian: the one distribution the
+optimal grids are made for. It is applied as one small matrix product per block, never as a full block-diagonal one.
+"""
+
+import torch
+from torch import Tensor
+
+_MATRICES: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
+
+
+def hadamard(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Normalised Hadamard matrix, shape (size, size); entries +-1/sqrt(size): (-1)^popcount(i & j)."""
+    key = (size, device, dtype)
+    matrix = _MATRICES.get(key)
+    if matrix is None:
+        with torch.inference_mode(False):
+            matrix = _build(size, device, dtype)
+        # A traced or fake tensor must not outlive its trace.
+        if not torch.compiler.is_compiling() and device.type != "meta":
+            _MATRICES[key] = matrix
+    return matrix
+
+
+def _build(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    matrix = torch.ones(1, 1, device=device, dtype=torch.float64)
+    while matrix.shape[0] < size:
+        upper = torch.cat([matrix, matrix], dim=1)
+        matrix = torch.cat([upper, torch.cat([matrix, -matrix], dim=1)])
+    return (matrix / size**0.5).to(dtype)
+
+
+def rotate(x: Tensor, block: int) -> Tensor:
+    """Rotate the last dimension of `x`, shape (..., width), in blocks that divide the width. Its own inverse."""
+    if block == 1:
+        return x
+    return (x.unflatten(-1, (-1, block)) @ hadamard(block, x.device, x.dtype)).flatten(-2)
