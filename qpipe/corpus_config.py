@@ -13,35 +13,26 @@ beside the workflow and only new or changed files are read again.
 This module is part of the description layer: it reads no text, imports no package it names, and knows nothing of torch.
 """
 
-import contextlib
 import glob
-import hashlib
 import importlib.metadata
-import json
 import os
 import re
-import tempfile
-import time
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
 
 from qpipe.errors import QpipeError
+from qpipe.file_digests import DIGEST_CACHE, FileDigests
 
 RULES_VERSION = 1
 """Version of the rules that turn a corpus into tokens (what a document is, the split, duplicates, how a BPE is
 trained). It is part of every identity: raise it when the tokens of an unchanged corpus would change."""
 
-DIGEST_CACHE = Path(".qpipe/digests.json")
-"""Where file digests are remembered, relative to the working folder (the workflow's)."""
-
 FILE_FORMATS = ("txt", "jsonl", "parquet")
 COMPRESSIONS = ("gz", "zst")
 
-_RACY_SECONDS = 2.0  # a file this young may change again without a new timestamp, so its digest is not remembered
 _TOKENIZER_FILES = (  # what `transformers` reads a tokenizer from
     "tokenizer.json",
     "tokenizer_config.json",
@@ -92,7 +83,7 @@ class FilesCorpus(_Corpus):
     source: Literal["files"] = Field(description="Read local files.")
     paths: tuple[str, ...] = Field(
         min_length=1,
-        description="Files or glob patterns (** crosses folders), relative to the study file. The suffix gives the "
+        description="Files or glob patterns (** crosses folders), relative to the working folder. The suffix gives the "
         "format: .txt, .jsonl, .parquet, the first two also as .gz or .zst.",
     )
     text_field: str = Field("text", min_length=1, description="Key (.jsonl) or column (.parquet) that holds the text.")
@@ -136,8 +127,9 @@ class TrainedTokenizer(_Described):
 class PretrainedTokenizer(_Described):
     """A tokenizer of the Hugging Face hub, a folder saved by `save_pretrained`, or a tokenizer.json file."""
 
-    name: str = Field(min_length=1, description="Name on the hub, local folder, or tokenizer.json, the latter two "
-                      "relative to the study file.")  # fmt: skip
+    name: str = Field(
+        min_length=1, description="Name on the hub, or a folder or tokenizer.json, relative to the working folder."
+    )
     vocab_size: int = Field(
         ge=2, le=2**24, description="Rows of the embedding; at least the tokenizer's largest id + 1."
     )
@@ -173,7 +165,7 @@ def corpus_identity(
     Parameters
     ----------
     base
-        Folder that relative paths are relative to (the study file's).
+        Folder that relative paths start from.
     cache
         File that remembers digests by path, size and timestamps; only written when a file is new or changed.
 
@@ -187,7 +179,7 @@ def corpus_identity(
     QpipeError
         Missing files, empty patterns, unknown suffixes, packages that are not installed: all of them at once.
     """
-    remembered = _DigestCache(cache)
+    remembered = FileDigests(cache)
     problems: list[str] = []
     parts: dict[str, Any] = {"rules": RULES_VERSION}
     for key, describe in (
@@ -230,7 +222,7 @@ def corpus_files(corpus: FilesCorpus, base: Path) -> list[Path]:
 
 def ordered_files(corpus: FilesCorpus, base: Path, cache: Path = DIGEST_CACHE) -> list[Path]:
     """Return the files of a corpus in the order they are read: by format, size and digest, never by name."""
-    remembered = _DigestCache(cache)
+    remembered = FileDigests(cache)
     files = [path for _, path in _ordered_files(corpus, base, remembered)]
     remembered.save()
     return files
@@ -274,6 +266,7 @@ def local_tokenizer(tokenizer: PretrainedTokenizer, base: Path) -> Path | None:
 
 
 def _matches(path: Path) -> list[Path]:
+    path = Path(os.path.normpath(path))  # so that a file found twice is one file
     if path.exists():
         return [path]
     root = Path(path.anchor or ".")
@@ -290,7 +283,7 @@ def _file_problem(path: Path) -> str | None:
     return None
 
 
-def _describe_corpus(corpus: CorpusConfig, base: Path, cache: "_DigestCache") -> dict[str, Any]:
+def _describe_corpus(corpus: CorpusConfig, base: Path, cache: FileDigests) -> dict[str, Any]:
     caps = {"validation_fraction", "max_bytes", "max_documents"}
     shared = {"source": corpus.source, **corpus.model_dump(include=caps, exclude_none=True)}
     if isinstance(corpus, DocstringsCorpus):
@@ -310,14 +303,14 @@ def _describe_corpus(corpus: CorpusConfig, base: Path, cache: "_DigestCache") ->
     return {**shared, **hub, "dataset": corpus.dataset}
 
 
-def _ordered_files(corpus: FilesCorpus, base: Path, cache: "_DigestCache") -> list[tuple[list[Any], Path]]:
+def _ordered_files(corpus: FilesCorpus, base: Path, cache: FileDigests) -> list[tuple[list[Any], Path]]:
     files = corpus_files(corpus, base)
     formats = (".".join(filter(None, file_format(path))) for path in files)
     entries = ([kind, *entry] for kind, entry in zip(formats, cache(files), strict=True))
     return sorted(zip(entries, files, strict=True))
 
 
-def _describe_tokenizer(tokenizer: TokenizerConfig, base: Path, cache: "_DigestCache") -> dict[str, Any]:
+def _describe_tokenizer(tokenizer: TokenizerConfig, base: Path, cache: FileDigests) -> dict[str, Any]:
     described = tokenizer.model_dump(exclude_none=True)
     if isinstance(tokenizer, TrainedTokenizer):
         return described
@@ -354,53 +347,3 @@ def package_versions(packages: Iterable[str]) -> dict[str, str]:
     if problems:
         raise QpipeError(problems)
     return dict(sorted(versions.items()))
-
-
-class _DigestCache:
-    """SHA-256 of files, remembered by (path, size, modification and change time) across processes."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.new: dict[str, list[Any]] = {}
-        self.known = self._load()
-
-    def __call__(self, files: Sequence[Path]) -> list[list[Any]]:
-        """Return `[size in bytes, sha256]` of each file, in order; unknown files are read, several at a time."""
-        names = [str(path.resolve()) for path in files]
-        stats = [path.stat() for path in files]
-        stamps = [[stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for stat in stats]
-        stale = [i for i, name in enumerate(names) if self.known.get(name, [])[:3] != stamps[i]]
-        with ThreadPoolExecutor(max_workers=max(1, min(8, len(stale)))) as pool:
-            digests = dict(zip(stale, pool.map(_sha256, (files[i] for i in stale)), strict=True))
-        for i in stale:
-            self.known[names[i]] = [*stamps[i], digests[i]]
-            if time.time() - stats[i].st_mtime > _RACY_SECONDS:
-                self.new[names[i]] = self.known[names[i]]
-        return [[stat.st_size, self.known[name][3]] for name, stat in zip(names, stats, strict=True)]
-
-    def save(self) -> None:
-        """Write what was learned, atomically. A place that cannot be written only costs time at the next call."""
-        if not self.new:
-            return
-        with contextlib.suppress(OSError):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            merged = {**self._load(), **self.new}  # another process may have written meanwhile
-            with tempfile.NamedTemporaryFile("w", dir=self.path.parent, prefix=".digests-", delete=False) as file:
-                json.dump(merged, file)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(file.name).replace(self.path)
-
-    def _load(self) -> dict[str, list[Any]]:
-        try:
-            loaded = json.loads(self.path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # absent or damaged: digests are computed again
-            return {}
-        return (
-            {k: v for k, v in loaded.items() if isinstance(v, list) and len(v) == 4} if isinstance(loaded, dict) else {}
-        )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
