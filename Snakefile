@@ -36,6 +36,12 @@ localrules:
     report,
 
 
+rule all:
+    default_target: True
+    input:
+        f"{RESULTS}/report.html",
+
+
 onsuccess:
     shell(f"cat {RESULTS}/tables/{LAWS[0]}/multipliers.txt 2>/dev/null || true")
     print(f"report: {RESULTS}/report.html")

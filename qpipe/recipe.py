@@ -130,7 +130,7 @@ class Recipe(_Frozen):
 
 
 def swiglu_width(width: int, multiple: int) -> int:
-    """Return 8d/3 rounded up to a multiple: a gated block with the parameters of a plain 4d one (2502.05003, app. B)."""
+    """Return 8d/3 rounded up to a multiple: a gated block of a plain 4d one's size (2502.05003, app. B)."""
     return -(-(8 * width // 3) // multiple) * multiple
 
 

@@ -1,12 +1,6 @@
 """Targets that people ask for by name: `snakemake ... tokens`, `runs`, `losses`, `fits`, `tables`."""
 
 
-rule all:
-    default_target: True
-    input:
-        f"{RESULTS}/report.html",
-
-
 rule tokens:
     input:
         TOKENS,

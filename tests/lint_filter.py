@@ -1,0 +1,20 @@
+"""Read `snakemake --lint` from standard input; fail on everything but the two findings that are decisions.
+
+qpipe rules run in the environment that runs Snakemake (one pinned virtual environment), so no rule names a conda
+environment or a container; and the command that they run is the absolute path of that environment's interpreter.
+"""
+
+import re
+import sys
+
+ALLOWED = ("Specify a conda environment or container",)
+
+text = sys.stdin.read()
+print(text if "Error" in text else "", end="")
+findings = re.findall(r"^    \* (.+?):?$", text, flags=re.MULTILINE)
+unexpected = [finding for finding in findings if not finding.startswith(ALLOWED)]
+for finding in unexpected:
+    print(f"snakemake --lint: {finding}")
+if not findings:
+    print("snakemake --lint: no output was read; expected at least the known findings")
+sys.exit(bool(unexpected) or not findings)
