@@ -1,0 +1,37 @@
+"""Train one run: from run.yaml and a token store to a record, weights and curves.
+
+Writes to OUT: record.json (the result), model.safetensors (final weights), curve.parquet (losses, learning rate,
+gradient norm over the steps), runtime.json (how long it took and where), run.yaml. A finished run is left as it is; a
+killed one resumes from its last checkpoint. On a CPU both end with the same record to the last bit.
+
+environment:
+  QPIPE_SCRATCH             folder for checkpoints (default: OUT/scratch)
+  QPIPE_CHECKPOINT_SECONDS  time between checkpoints (default: 600)
+  QPIPE_ACCELERATOR         cpu, gpu or auto (default: auto)
+  QPIPE_WANDB_MODE          online, offline or disabled; QPIPE_WANDB_PROJECT, _ENTITY, _GROUP
+  OMP_NUM_THREADS           CPU threads
+
+example:
+  qpipe train results/demo/runs/100k-d20x-w4-s0-1f3a9c2e/run.yaml results/demo/tokens/ out/
+"""
+
+import argparse
+from pathlib import Path
+
+from qpipe.cli.logs import log_to_stderr
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("run", type=Path, metavar="RUN.yaml", help="the resolved run")
+    parser.add_argument("tokens", type=Path, metavar="TOKENS", help="token store: its folder or its manifest.json")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder for the results")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train; a run that diverges is a result and ends with 0 as well."""
+    log_to_stderr("qpipe.train")
+    from qpipe.train.pretrain import train_run
+
+    train_run(args.run, args.tokens, args.out)
+    return 0

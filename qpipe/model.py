@@ -1,0 +1,267 @@
+"""A Llama-type decoder in one file.
+
+    tokens -> embedding -> [ x + attention(norm(x));  x + feed_forward(norm(x)) ] * layers -> norm -> head -> logits
+
+Root-mean-square norms before each half of a block, rotary positions, grouped-query attention, a SwiGLU feed-forward,
+no biases, head tied to the embedding or not. With the same weights its logits are those of `transformers`'
+`LlamaForCausalLM` up to float32 rounding.
+
+Two things differ from the usual layout, neither of which changes a number:
+
+* The query, key and value projections are one linear layer, and so are gate and up. They read the same input, and a
+  representation works per output row (weights) and per token (activations), so fusing changes no result while it
+  halves the number of matmuls and of activation quantizations.
+* Logits are never stored. The loss goes through head and softmax in chunks of rows that stay in cache (CPU) or are
+  small beside the activations (GPU), and the gradient of each chunk is taken right away.
+
+Only the linear layers inside the blocks are under the run's representation; embedding, head, norms and the attention
+product stay in high precision (2502.05003, appendix B). Shapes: B sequences, T tokens, D width, H heads, V vocabulary.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qpipe.compress import CompressedLinear, make_linear
+from qpipe.formats import Representation
+from qpipe.recipe import ModelShape
+
+INIT_STD = 0.02
+"""Standard deviation of initial weights; projections back into the residual get INIT_STD / sqrt(2 layers)."""
+
+_CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**27}
+"""Logits held at once while computing the loss: 2 MiB in float32 on CPU (about a level-2 cache), 0.5 GiB on a GPU."""
+
+
+class Decoder(nn.Module):
+    """Decoder-only language model.
+
+    Parameters
+    ----------
+    shape
+        Shape of the model.
+    representation
+        What the linear layers of the blocks are compressed to.
+    device
+        Where to create the parameters; `meta` creates none.
+
+    The weights are uninitialised until `initialize` or `load_state_dict` has run.
+    """
+
+    cosine: Tensor
+    sine: Tensor
+
+    def __init__(
+        self, shape: ModelShape, representation: Representation, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__()
+        self.shape = shape
+        self.embedding = nn.Embedding(shape.vocab_size, shape.width, device=device)
+        self.blocks = nn.ModuleList(Block(shape, representation, device) for _ in range(shape.layers))
+        self.norm = nn.RMSNorm(shape.width, shape.norm_epsilon, device=device)
+        self.head = nn.Linear(shape.width, shape.vocab_size, bias=False, device=device)
+        if shape.tied_embeddings:
+            self.head.weight = self.embedding.weight
+        # Not part of the weights: recomputed from the shape wherever the model is built.
+        cosine, sine = rotary_tables(shape)
+        self.register_buffer("cosine", cosine, persistent=False)
+        self.register_buffer("sine", sine, persistent=False)
+
+    @torch.no_grad()
+    def initialize(self, seed: int) -> None:
+        """Draw the weights: N(0, 0.02^2), output projections 0.02 / sqrt(2 layers), norms 1.
+
+        Drawn on the CPU in a fixed order, so that every device and every representation starts from the same weights.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        residual_std = INIT_STD / math.sqrt(2 * self.shape.layers)
+        for name, module in self.named_modules():
+            weight = getattr(module, "weight", None)
+            if isinstance(module, nn.RMSNorm):
+                module.weight.fill_(1.0)
+            elif isinstance(weight, nn.Parameter) and not (self.shape.tied_embeddings and name == "head"):
+                std = residual_std if name.endswith(("attention.out", "feed_forward.down")) else INIT_STD
+                drawn = torch.empty(weight.shape).normal_(0.0, std, generator=generator)
+                if isinstance(module, CompressedLinear):
+                    module.load_dense_weight(drawn)  # some representations train another parameter than the weight
+                else:
+                    weight.copy_(drawn)
+
+    def set_progress(self, fraction: float) -> None:
+        """Tell representations whose masks follow a schedule how much of training is done (0 to 1)."""
+        for module in self.modules():
+            if isinstance(module, CompressedLinear):
+                module.set_progress(fraction)
+
+    def hidden(self, tokens_BT: Tensor) -> Tensor:
+        """Return the normed features (B, T, D) that the head reads."""
+        features = self.embedding(tokens_BT)
+        length = tokens_BT.shape[1]
+        cosine, sine = self.cosine[:length], self.sine[:length]
+        for block in self.blocks:
+            features = block(features, cosine, sine)
+        return self.norm(features)
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        """Return logits (B, T, V)."""
+        return self.head(self.hidden(tokens_BT))
+
+    def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        """Return the mean cross-entropy (nats/token, scalar) with its gradient."""
+        hidden = self.hidden(tokens_BT).flatten(0, 1)
+        return linear_cross_entropy(hidden, self.head.weight, targets_BT.flatten())
+
+    @torch.no_grad()
+    def token_losses(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        """Return each token's cross-entropy (nats), shape (B, T), float32, without gradient."""
+        hidden = self.hidden(tokens_BT).flatten(0, 1)
+        targets = targets_BT.flatten()
+        rows = _chunk_rows(hidden.device, self.shape.vocab_size)
+        losses = [
+            F.cross_entropy(self.head(part).float(), target, reduction="none")
+            for part, target in zip(hidden.split(rows), targets.split(rows), strict=True)
+        ]
+        return torch.cat(losses).view(targets_BT.shape)
+
+
+class Block(nn.Module):
+    """One decoder block: attention and feed-forward, each read through a norm and added to the residual."""
+
+    def __init__(self, shape: ModelShape, representation: Representation, device: torch.device | str | None) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(shape.width, shape.norm_epsilon, device=device)
+        self.attention = Attention(shape, representation, device)
+        self.feed_forward_norm = nn.RMSNorm(shape.width, shape.norm_epsilon, device=device)
+        self.feed_forward = FeedForward(shape, representation, device)
+
+    def forward(self, features: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        """Map features (B, T, D) to features."""
+        features = features + self.attention(self.attention_norm(features), cosine, sine)
+        return features + self.feed_forward(self.feed_forward_norm(features))
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions and, where `kv_heads` < `heads`, shared keys and values."""
+
+    def __init__(self, shape: ModelShape, representation: Representation, device: torch.device | str | None) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = shape.heads, shape.kv_heads, shape.head_dim
+        rows = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
+        self.qkv = make_linear(shape.width, rows, representation, device=device)
+        self.out = make_linear(shape.heads * shape.head_dim, shape.width, representation, device=device)
+
+    def forward(self, features: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        """Map normed features (B, T, D) to the attention's contribution to the residual."""
+        batch, length, _ = features.shape
+        qkv = self.qkv(features).view(batch, length, self.heads + 2 * self.kv_heads, self.head_dim)
+        query_key, value = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
+        query_key = rotate(query_key, cosine, sine)
+        query, key = query_key.split([self.heads, self.kv_heads], dim=2)
+        mixed = F.scaled_dot_product_attention(
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            is_causal=True,
+            enable_gqa=self.heads != self.kv_heads,
+        )
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer, 2002.05202)."""
+
+    def __init__(self, shape: ModelShape, representation: Representation, device: torch.device | str | None) -> None:
+        super().__init__()
+        self.gate_up = make_linear(shape.width, 2 * shape.feed_forward, representation, device=device)
+        self.down = make_linear(shape.feed_forward, shape.width, representation, device=device)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map normed features (B, T, D) to the feed-forward's contribution to the residual."""
+        gate, up = self.gate_up(features).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+def rotary_tables(shape: ModelShape) -> tuple[Tensor, Tensor]:
+    """Return cosine and sine (context, 1, head_dim) of the rotary angles, theta^(-2i/head_dim) per position.
+
+    The angle of pair i stands at features i and i + head_dim/2, the order in which Llama checkpoints are stored.
+    """
+    exponents = torch.arange(0, shape.head_dim, 2, dtype=torch.float32, device="cpu") / shape.head_dim
+    angles = torch.outer(torch.arange(shape.context, dtype=torch.float32, device="cpu"), shape.rope_theta**-exponents)
+    angles = torch.cat([angles, angles], dim=-1)[:, None, :]
+    return angles.cos(), angles.sin()
+
+
+def rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Rotate each head (B, T, H, head_dim) by its position's angles."""
+    cosine, sine = cosine.to(heads.dtype), sine.to(heads.dtype)
+    first, second = heads.chunk(2, dim=-1)
+    return heads * cosine + torch.cat([-second, first], dim=-1) * sine
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean cross-entropy of `hidden @ weight.T` against `targets` without storing the logits.
+
+    Parameters
+    ----------
+    hidden
+        Features, shape (M, D).
+    weight
+        Head, shape (V, D).
+    targets
+        Correct classes, shape (M,), int64.
+    """
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets)
+    return loss
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Head + softmax + cross-entropy, row chunk by row chunk, with the gradients taken on the way.
+
+    d loss / d logits = (softmax - onehot) / M needs nothing but the chunk itself, so its two products (with the head
+    for the features, with the features for the head) are formed while the chunk is still in cache. Backward only
+    scales them. Matmuls run in autocast's precision, softmax and sums in float32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        with torch.autocast(device, enabled=False):
+            features, head = hidden.to(dtype), weight.to(dtype)
+            rows = _chunk_rows(hidden.device, weight.shape[0])
+            loss = hidden.new_zeros((), dtype=torch.float32)
+            hidden_gradient = torch.empty_like(hidden)
+            weight_gradient = torch.zeros_like(weight)
+            for start in range(0, len(features), rows):
+                part, target = features[start : start + rows], targets[start : start + rows, None]
+                log_probability = torch.log_softmax(part @ head.T, dim=-1, dtype=torch.float32)
+                loss -= log_probability.gather(1, target).sum()
+                gradient = log_probability.exp_()
+                gradient.scatter_add_(1, target, gradient.new_full((), -1.0).expand_as(target))
+                gradient = gradient.mul_(1 / len(features)).to(dtype)
+                hidden_gradient[start : start + rows] = gradient @ head
+                _add_product(weight_gradient, gradient, part)
+        ctx.save_for_backward(hidden_gradient, weight_gradient)
+        return loss / len(features)
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, Tensor, None]:
+        hidden_gradient, weight_gradient = ctx.saved_tensors
+        return hidden_gradient * outputs[0], weight_gradient * outputs[0], None
+
+
+def _add_product(total: Tensor, gradient: Tensor, part: Tensor) -> None:
+    """Add gradient^T part to the float32 `total`, accumulating in float32 whatever the factors' precision."""
+    if gradient.dtype == total.dtype:
+        total.addmm_(gradient.T, part)
+    else:
+        total += gradient.T @ part
+
+
+def _chunk_rows(device: torch.device, vocab_size: int) -> int:
+    """Return how many rows of logits to hold at once on a device."""
+    return max(16, _CHUNK_ELEMENTS.get(device.type, _CHUNK_ELEMENTS["cuda"]) // vocab_size)

@@ -1,0 +1,146 @@
+"""What a run remembers of its course: the curve, the running means, and whether it diverged.
+
+Sums are kept on the device and read once per row of the curve, so that a GPU is never made to wait for the host. They
+are part of a checkpoint: a resumed run writes the same curve to the last bit. Nothing here depends on the clock.
+
+Divergence rule. A run has diverged when a loss or a gradient norm is not finite, or when, after warm-up, the mean
+training loss of a row exceeds twice ln V, the loss of guessing uniformly among the V tokens. It then stops at once:
+Adam does not come back from either.
+"""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qpipe.files import replacing
+from qpipe.runs import Run
+from qpipe.train.schedule import learning_rate
+from qpipe.train.validation import diverged
+
+Row = dict[str, float | int | None]
+
+_UNITS = {
+    "step": "count",
+    "tokens": "count",
+    "train_loss": "nats/token, mean since the row before",
+    "learning_rate": "",
+    "gradient_norm": "mean since the row before, before clipping",
+    "validation_loss": "nats/token, on a fixed part of the validation split",
+}
+_ROWS = 200
+_VALIDATIONS = 10
+_TAIL = 0.05
+
+
+@dataclass
+class History:
+    """Curve and running means of one run.
+
+    Attributes
+    ----------
+    run
+        The run.
+    rows
+        The curve so far; its columns are the keys of `_UNITS`.
+    failure
+        Why the run counts as diverged; empty while it does not.
+    """
+
+    run: Run
+    rows: list[Row] = field(default_factory=list)
+    failure: str = ""
+    _sums: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
+    _first_bad: Tensor = field(default_factory=lambda: torch.full((), math.inf, dtype=torch.float64))
+
+    @property
+    def interval(self) -> int:
+        """Steps between rows."""
+        return max(1, self.run.steps // _ROWS)
+
+    def row_due(self, step: int) -> bool:
+        """Whether a row ends after `step` steps."""
+        return step % self.interval == 0 or step == self.run.steps
+
+    def validation_due(self, step: int) -> bool:
+        """Whether the row after `step` steps holds a validation loss."""
+        rows_between = max(1, math.ceil(self.run.steps / self.interval / _VALIDATIONS))
+        return self.row_due(step) and (step % (rows_between * self.interval) == 0 or step == self.run.steps)
+
+    def to(self, device: torch.device) -> None:
+        """Keep the sums on a device."""
+        self._sums, self._first_bad = self._sums.to(device), self._first_bad.to(device)
+
+    def add(self, step: int, loss: Tensor, gradient_norm: Tensor) -> None:
+        """Add the step-th step (from 1) without waiting for the device."""
+        self._sums[0] += loss
+        self._sums[1] += gradient_norm
+        if step > self._tail_start:
+            self._sums[2] += loss
+        bad = ~torch.isfinite(loss + gradient_norm)
+        self._first_bad = torch.where(bad, self._first_bad.clamp(max=step), self._first_bad)
+
+    def close_row(self, step: int, validation_loss: float | None) -> Row:
+        """Read the sums, append the row that ends after `step` steps and return it."""
+        previous = int(self.rows[-1]["step"] or 0) if self.rows else 0
+        loss, norm, _ = (self._sums / (step - previous)).tolist()
+        self._sums[:2] = 0.0
+        row: Row = {
+            "step": step,
+            "tokens": step * self.run.tokens_per_step,
+            "train_loss": loss,
+            "learning_rate": learning_rate(self.run.training, step - 1, self.run.steps),
+            "gradient_norm": norm,
+            "validation_loss": validation_loss,
+        }
+        self.rows.append(row)
+        self._judge(step, loss)
+        return row
+
+    def _judge(self, step: int, loss: float) -> None:
+        first_bad = self._first_bad.item()
+        if math.isfinite(first_bad):
+            self.failure = f"loss or gradient not finite at step {int(first_bad):,} of {self.run.steps:,}"
+        elif step > self.run.training.warmup_fraction * self.run.steps and diverged(loss, self.run.shape.vocab_size):
+            limit = 2 * math.log(self.run.shape.vocab_size)
+            self.failure = f"training loss {loss:.2f} above {limit:.2f} (2 ln V) at step {step:,} of {self.run.steps:,}"
+
+    @property
+    def tail_loss(self) -> float:
+        """Mean training loss over the last 5 % of the steps (nats/token)."""
+        return self._sums[2].item() / (self.run.steps - self._tail_start)
+
+    @property
+    def _tail_start(self) -> int:
+        return self.run.steps - math.ceil(_TAIL * self.run.steps)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain numbers for a checkpoint."""
+        return {
+            "rows": self.rows,
+            "failure": self.failure,
+            "sums": self._sums.tolist(),
+            "first_bad": self._first_bad.item(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned."""
+        self.rows, self.failure = list(state["rows"]), state["failure"]
+        self._sums = torch.tensor(state["sums"], dtype=torch.float64, device=self._sums.device)
+        self._first_bad = torch.tensor(state["first_bad"], dtype=torch.float64, device=self._sums.device)
+
+
+def write_curve(path: Path, rows: list[Row]) -> None:
+    """Write the curve as Parquet, units in the fields' metadata."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    counts = ("step", "tokens")
+    schema = pa.schema(
+        [pa.field(n, pa.int64() if n in counts else pa.float64(), metadata={"unit": u}) for n, u in _UNITS.items()]
+    )
+    with replacing(path) as temporary:
+        pyarrow.parquet.write_table(pa.Table.from_pylist(rows, schema=schema), temporary)
