@@ -43,3 +43,10 @@ def capacity_of_law(wildcards):
     return [
         f"{RESULTS}/capacity/{name}.json" for name in STUDY.laws[wildcards.law].formats
     ]
+
+
+def write_list(paths, log):
+    """Write paths to a file beside a log: a study may have more records than a command line holds."""
+    listing = Path(log).with_suffix(".list")
+    listing.write_text("".join(f"{path}\n" for path in paths))
+    return listing

@@ -41,9 +41,7 @@ rule collect:
     message:
         "Collecting the losses of {wildcards.format}"
     run:
-        # A study may have more records than a command line holds: the names travel in a file.
-        listing = Path(log[0]).with_suffix(".list")
-        listing.write_text("\n".join(input.records) + "\n")
+        listing = write_list(input.records, log[0])
         shell("{QPIPE} collect @{listing} --out {output} > {log} 2>&1")
 
 
@@ -86,4 +84,4 @@ rule multipliers:
     message:
         "Writing the multiplier tables of the {wildcards.law} law"
     shell:
-        "{QPIPE} multipliers {input} --out $(dirname {output[0]}) > {log} 2>&1"
+        "{QPIPE} multipliers {input} --out $(dirname {output.parquet}) > {log} 2>&1"

@@ -46,10 +46,11 @@ rule report:
     log:
         f"logs/report/{STUDY.name}.log",
     params:
+        runs=f"{RESULTS}/runs",
         code=source_digest("report", "cli/report.py"),
     message:
         f"Writing {RESULTS}/report.html"
     shell:
-        "{QPIPE} report --study {input.study} --plan {input.plan} --runs {RESULTS}/runs --losses {input.losses}"
+        "{QPIPE} report --study {input.study} --plan {input.plan} --runs {params.runs} --losses {input.losses}"
         " --capacity {input.capacity} --fit {input.fits} --table {input.tables} --figures {input.figures}"
         " --out {output} > {log} 2>&1"

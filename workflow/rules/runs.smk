@@ -25,7 +25,7 @@ rule plan:
     message:
         f"Planning study {STUDY.name}: {len(RUNS)} runs"
     shell:
-        "printf %s {params.study:q} | {QPIPE} plan - --write {RESULTS} > {log} 2>&1"
+        "printf %s {params.study:q} | {QPIPE} plan - --write $(dirname {output.plan}) > {log} 2>&1"
 
 
 rule train:
@@ -47,4 +47,4 @@ rule train:
         "Training {wildcards.run}"
     shell:
         "OMP_NUM_THREADS={threads} {WANDB} "
-        "{QPIPE} train {input.run} {input.tokens} {RESULTS}/runs/{wildcards.run} >> {log} 2>&1"
+        "{QPIPE} train {input.run} {input.tokens} $(dirname {output.record}) >> {log} 2>&1"
