@@ -85,7 +85,7 @@ class Batches:
 
 @functools.lru_cache(maxsize=2)
 def _orders(windows: int, size: int, seed: int, first: int, steps: int) -> NDArray[np.int64]:
-    """Return the windows of `steps` steps from `first` on, shape (steps, size): many at once cost little more than one."""
+    """Return the windows of `steps` steps from `first` on, shape (steps, size); many cost little more than one."""
     place = np.arange(first * size, (first + steps) * size, dtype=np.uint64)
     epoch, position = np.divmod(place, np.uint64(windows))
     # Mixed twice, (seed, epoch) pairs stay apart: seed + 1 in epoch 0 is not seed in epoch 1.

@@ -7,7 +7,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-
 from qpipe.corpus.store import TokenStore
 from qpipe.errors import QpipeError
 from qpipe.model import Decoder
@@ -22,6 +21,7 @@ from qpipe.train.progress import Progress, Recorder, duration
 from qpipe.train.results import finished_record, make_record, publish
 from qpipe.train.runtime import describe
 from qpipe.train.scratch import Scratch, checkpoint_seconds
+from qpipe.train.store import open_store
 from qpipe.train.tracking import Tracking
 from qpipe.train.validation import Validation, diverged, sequences_at_once
 
@@ -88,17 +88,6 @@ def train_run(run_file: Path, tokens: Path, out: Path) -> Record:
     return record
 
 
-def open_store(run: Run, tokens: Path) -> TokenStore:
-    """Open the token store that a run is to be trained on (error: its vocabulary is not the model's)."""
-    store = TokenStore.open(tokens.parent if tokens.name == "manifest.json" else tokens)
-    if store.vocab_size != run.shape.vocab_size:
-        raise QpipeError(
-            f"run {run.id} has an embedding of {run.shape.vocab_size:,} rows, the tokens in {tokens} come from a "
-            f"vocabulary of {store.vocab_size:,}; plan the run again for this corpus or give its own token store"
-        )
-    return store
-
-
 def plan_data(run: Run, store: TokenStore) -> tuple[Batches, Validation, History]:
     """Return the data of a run and an empty history (error: a split too short for one sequence)."""
     context, size = run.shape.context, run.training.batch_sequences
@@ -137,6 +126,7 @@ def make_trainer(run: Run, scratch: Scratch, callbacks: list[Any], history: Hist
 def final_loss(trainer: Any, module: TrainingModule, validation: Validation, progress: Progress) -> float:
     """Return the loss over the whole validation split, telling how far it is where that takes long."""
     model: Decoder = module.model.to(trainer.strategy.root_device)
+    model.set_progress(1.0)
     last = time.monotonic()
 
     def tick(done: int, total: int) -> None:

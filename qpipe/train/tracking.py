@@ -16,7 +16,7 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlparse
 
 from qpipe.errors import QpipeError, nearest
@@ -26,20 +26,24 @@ from qpipe.train.history import Row
 
 log = logging.getLogger("qpipe.train")
 
-MODES = ("online", "offline", "disabled", "auto")
+Mode = Literal["online", "offline", "disabled"]
 _INIT_SECONDS = 20.0
 _FINISH_SECONDS = 60.0
 
 
-def tracking_mode() -> str:
+def tracking_mode() -> Mode:
     """Return online, offline or disabled (error: any other word in the environment)."""
     word = os.environ.get("WANDB_MODE") or os.environ.get("QPIPE_WANDB_MODE") or "auto"
-    mode = {"dryrun": "offline"}.get(word, word)  # wandb's own older name
-    if mode not in MODES:
-        raise QpipeError(f"W&B mode '{word}'{nearest(word, MODES)}: use one of {', '.join(MODES)}")
-    if mode == "auto":
-        return "online" if _has_key() else "offline"
-    return mode
+    modes: dict[str, Mode] = {
+        "online": "online",
+        "offline": "offline",
+        "dryrun": "offline",  # wandb's own older name
+        "disabled": "disabled",
+        "auto": "online" if _has_key() else "offline",
+    }
+    if word not in modes:
+        raise QpipeError(f"W&B mode '{word}'{nearest(word, modes)}: use one of online, offline, disabled, auto")
+    return modes[word]
 
 
 def _has_key() -> bool:
@@ -66,11 +70,12 @@ class Tracking:
         mode = tracking_mode()
         if mode == "disabled":
             return
-        for attempt in dict.fromkeys((mode, "offline")):
+        attempts: tuple[Mode, ...] = ("online", "offline") if mode == "online" else ("offline",)
+        for attempt in attempts:
             if self._guarded(functools.partial(self._start, run, out, attempt), f"W&B does not start {attempt}"):
                 return
 
-    def _start(self, run: Run, out: Path, mode: str) -> None:
+    def _start(self, run: Run, out: Path, mode: Mode) -> None:
         import wandb
 
         from qpipe.train.lightning_import import WandbLogger
