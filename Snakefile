@@ -43,5 +43,5 @@ rule all:
 
 
 onsuccess:
-    shell(f"cat {RESULTS}/tables/{LAWS[0]}/multipliers.txt 2>/dev/null || true")
+    shell(f"cat {RESULTS}/tables/{LAWS[0]}/multipliers.md 2>/dev/null || true")
     print(f"report: {RESULTS}/report.html")

@@ -8,6 +8,7 @@ the Arrow metadata of each column.
 
 import itertools
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qpipe.errors import QpipeError
 from qpipe.files import write_text
+from qpipe.formats import TensorFormat
 from qpipe.runs import Run
 
 
@@ -79,6 +81,12 @@ _COLUMNS: list[tuple[str, pa.DataType, str, str]] = [
     ("n_embedding", pa.int64(), "count", "embedding and head parameters, in high precision"),
     ("learning_rate", pa.float64(), "", "peak learning rate"),
     ("steps", pa.int64(), "count", "optimizer steps"),
+    ("w_bits", pa.float64(), "bits", "bits per weight code; 16 where weights are not quantized"),
+    ("a_bits", pa.float64(), "bits", "bits per activation code; 16 where activations are not quantized"),
+    ("sparsity", pa.float64(), "share", "share of zero weights at the end of training"),
+    ("gmse", pa.float64(), "", "mean squared error of the weight format on N(0, 1) data; 0 for dense"),
+    ("activation_gmse", pa.float64(), "", "mean squared error of the activation format on N(0, 1) data"),
+    ("rho", pa.float64(), "", "multiplier predicted from the errors, before any training"),
 ]
 
 LOSS_SCHEMA = pa.schema(
@@ -86,12 +94,22 @@ LOSS_SCHEMA = pa.schema(
 )
 
 
-def loss_row(record: Record) -> dict[str, Any]:
-    """Return one row of the loss table."""
-    run = record.run
+def _code_bits(side: TensorFormat | None) -> float:
+    grid = None if side is None else side.parsed_grid
+    return 16.0 if grid is None else grid.bits
+
+
+def loss_row(record: Record, capacity: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return one row of the loss table; `capacity` is the representation's entry of `qpipe capacity --json`."""
+    run, kind = record.run, record.run.format_spec
     fields = record.model_dump(include={name for name, *_ in _COLUMNS} & set(Record.model_fields) - {"run"})
+    mask = None if kind.weights is None else kind.weights.mask
     return {
         **fields,
+        **{key: (capacity or {}).get(key) for key in ("gmse", "activation_gmse", "rho")},
+        "w_bits": _code_bits(kind.weights),
+        "a_bits": _code_bits(kind.activations),
+        "sparsity": 0.0 if mask is None else mask.share,
         "run": record.id,
         "size": run.size,
         "representation": run.representation_name,
@@ -100,9 +118,16 @@ def loss_row(record: Record) -> dict[str, Any]:
     }
 
 
-def loss_table(records: list[Record]) -> pa.Table:
-    """Return the loss table of records, sorted by representation, size, tokens and seed (errors: a run twice)."""
-    rows = sorted(map(loss_row, records), key=lambda r: (r["representation"], r["n"], r["d"], r["seed"], r["run"]))
+def loss_table(records: list[Record], capacities: Mapping[str, Mapping[str, Any]] | None = None) -> pa.Table:
+    """Return the loss table of records, sorted by representation, size, tokens and seed (errors: a run twice).
+
+    Parameters
+    ----------
+    capacities
+        Entries of `qpipe capacity --json` by representation, for the columns that theory predicts.
+    """
+    found = [loss_row(record, (capacities or {}).get(record.run.representation_name)) for record in records]
+    rows = sorted(found, key=lambda r: (r["representation"], r["n"], r["d"], r["seed"], r["run"]))
     twice = sorted({a["run"] for a, b in itertools.pairwise(rows) if a["run"] == b["run"]})
     if twice:
         raise QpipeError([f"run {run} was given twice" for run in twice])

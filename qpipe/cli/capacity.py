@@ -17,7 +17,12 @@ from qpipe.errors import QpipeError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's options."""
-    parser.add_argument("representations", nargs="*", metavar="REPRESENTATION", help="names, e.g. w4a4-quest mxfp4 2:4")
+    parser.add_argument(
+        "representations",
+        nargs="*",
+        metavar="REPRESENTATION",
+        help="names, e.g. w4a4-quest mxfp4 2:4, or compositions as JSON",
+    )
     parser.add_argument("--all", action="store_true", help="the whole catalogue, sorted by effective bits")
     parser.add_argument("--width", type=int, default=4096, help="matrix width for scale overhead and rows (4096)")
     parser.add_argument("--samples", type=int, default=2**22, help="numbers drawn where the error is sampled (4194304)")
@@ -29,13 +34,14 @@ def run(args: argparse.Namespace) -> int:
     """Print one line per representation."""
     from qpipe.compress import capacity
     from qpipe.formats import catalogue_names, resolve
+    from qpipe.yaml_files import parse_yaml
 
     if bool(args.representations) == args.all:
         raise QpipeError("name representations, or give --all for the whole catalogue")
     if args.width < 1 or args.samples < 1:
         raise QpipeError(f"--width {args.width} and --samples {args.samples} must be positive")
     names = catalogue_names() if args.all else args.representations
-    chosen = [resolve(name) for name in names]
+    chosen = [resolve(parse_yaml(name, "the composition given") if name.startswith("{") else name) for name in names]
     rows = [capacity(item, width=args.width, samples=args.samples, seed=args.seed) for item in chosen]
     if args.all:
         rows.sort(key=lambda row: -1.0 if row["effective_bits"] is None else row["effective_bits"])

@@ -8,12 +8,17 @@ example:
 """
 
 import argparse
+import json
 from pathlib import Path
+from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `qpipe collect`."""
     parser.add_argument("records", nargs="+", metavar="RECORD", help="record.json files, or @FILE that lists them")
+    parser.add_argument(
+        "--capacity", nargs="*", default=[], type=Path, metavar="CAPACITY.json", help="output of qpipe capacity --json"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="LOSSES.parquet", help="table to write")
 
 
@@ -34,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
             problems += error.problems
     if problems:
         raise QpipeError(problems)
-    table = loss_table(records)
+    table = loss_table(records, {name: entry for path in args.capacity for name, entry in _capacities(path).items()})
     with replacing(args.out) as temporary:
         pq.write_table(table, temporary)
     print(f"{table.num_rows} runs -> {args.out}")
@@ -50,3 +55,12 @@ def _listed(argument: str) -> list[str]:
         return [line for line in Path(argument[1:]).read_text(encoding="utf-8").splitlines() if line.strip()]
     except OSError as error:
         raise QpipeError(f"{argument[1:]}: the list of records cannot be read: {error.strerror}") from error
+
+
+def _capacities(path: Path) -> dict[str, dict[str, Any]]:
+    from qpipe.errors import QpipeError
+
+    try:
+        return {entry["representation"]: entry for entry in json.loads(path.read_text(encoding="utf-8"))}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise QpipeError(f"{path}: not the output of qpipe capacity --json ({error!r})") from error

@@ -6,7 +6,7 @@ OUTPUTS
     results/<study>/capacity/<format>.json      GMSE, predicted multiplier rho, bits/weight
     results/<study>/losses/<format>.parquet     loss table of one representation
     results/<study>/fits/<law>.json             fitted law
-    results/<study>/tables/<law>/               multiplier table as parquet, csv, md, tex, txt
+    results/<study>/tables/<law>/               multiplier table as parquet, csv, md, tex
 
 Each step takes the digest of the code it runs as a parameter: a change of the fit refits, retrains nothing.
 """
@@ -25,12 +25,13 @@ rule capacity:
     message:
         "Computing the capacity of {wildcards.format}"
     shell:
-        "{QPIPE} capacity {params.representation:q} --json --out {output} 2> {log}"
+        "{QPIPE} capacity {params.representation:q} --json > {output} 2> {log}"
 
 
 rule collect:
     input:
         records=records_of_format,
+        capacity=f"{RESULTS}/capacity/{{format}}.json",
     output:
         f"{RESULTS}/losses/{{format}}.parquet",
     log:
@@ -42,13 +43,14 @@ rule collect:
         "Collecting the losses of {wildcards.format}"
     run:
         listing = write_list(input.records, log[0])
-        shell("{QPIPE} collect @{listing} --out {output} > {log} 2>&1")
+        shell(
+            "{QPIPE} collect @{listing} --capacity {input.capacity} --out {output} > {log} 2>&1"
+        )
 
 
 rule fit:
     input:
-        losses=losses_of_law,
-        capacity=capacity_of_law,
+        losses_of_law,
     output:
         f"{RESULTS}/fits/{{law}}.json",
     log:
@@ -61,8 +63,7 @@ rule fit:
     message:
         "Fitting the {wildcards.law} law of study {STUDY.name}"
     shell:
-        "{QPIPE} fit {input.losses} --law {wildcards.law} --capacity {input.capacity} {params.options}"
-        " --out {output} > {log} 2>&1"
+        "{QPIPE} fit {input} --law {wildcards.law} {params.options} --out {output} > {log} 2>&1"
 
 
 rule multipliers:
