@@ -3,7 +3,7 @@ r"""The documentation strings of installed packages: a real English corpus that 
 Scientific Python carries some twenty megabytes of documentation. It is read from the .py files that each distribution
 lists, without importing anything, by one regular expression that finds comments and string literals. A triple-quoted
 literal counts as documentation when it stands where Python looks for one (first thing in a module, or right after the
-colon that ends a `def` or `class` line), when it is handed to a call such as `add_newdoc(...)` or `add_docstr(...)`,
+colon that ends a `def` or `class` line), when it is handed to a call with `doc` in its name such as `add_newdoc(...)`,
 which is how compiled functions get theirs, or when it is assigned to a name that ends in `doc`, `docs` or `docstring`.
 
 Scanning instead of parsing is several times faster than `ast` and, unlike it, does not depend on the grammar of the
@@ -14,7 +14,6 @@ share.
 
 import ast
 import importlib.metadata
-import inspect
 import re
 import tokenize
 import warnings
@@ -40,7 +39,7 @@ _LITERAL = re.compile(
     """,
     re.VERBOSE | re.DOTALL,
 )
-_HANDED_OVER = re.compile(r"add_?\w*doc\w*\([^()]*$")
+_HANDED_OVER = re.compile(r"doc\w*\([^)]*$")
 _ASSIGNED = re.compile(r"doc(s|string)?(\[[^\]\n]*\])?[ ]*=[ ]*$", re.IGNORECASE)
 _ONLY_COMMENTS = re.compile(r"(?:\s|#[^\n]*\n)*\Z")
 _AFTER_HEADER = re.compile(r":[ \t]*(?:#[^\n]*)?\n(?:\s|#[^\n]*\n)*\Z")
@@ -72,7 +71,7 @@ def documentation_strings(source: str) -> Iterator[str]:
         if match["long"] is None or "b" in match["prefix"].lower() or "f" in match["prefix"].lower():
             continue
         if len(match["long"]) >= MIN_CHARACTERS and _is_documentation(source, match.start()):
-            text = inspect.cleandoc(_value(match.group()))
+            text = _dedent(_value(match.group()))
             if len(text) >= MIN_CHARACTERS:
                 yield text
 
@@ -108,3 +107,10 @@ def _value(literal: str) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # documentation with unknown escapes such as \d is common
         return str(ast.literal_eval(literal))
+
+
+def _dedent(text: str) -> str:
+    """Remove the indentation that all lines after the first share, and white space at both ends."""
+    first, *rest = text.expandtabs().split("\n")
+    margin = min((len(line) - len(line.lstrip(" ")) for line in rest if line.strip()), default=0)
+    return "\n".join([first.lstrip(" "), *(line[margin:] for line in rest)]).strip()

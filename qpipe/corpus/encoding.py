@@ -6,6 +6,7 @@ started it and leaves when that one is gone, however it died.
 """
 
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -93,6 +94,7 @@ def start_worker(vocabulary: Vocabulary, dtype: np.dtype[Any]) -> None:
     """Prepare this process for `encode`; the process pool calls it once per worker."""
     global _encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the parent's to handle
     _encoder = Encoder(vocabulary, dtype)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
 

@@ -57,9 +57,9 @@ def _byte_blocks(path: Path, compression: str, separator: bytes, like: Block) ->
             buffer += data
             if len(buffer) < BLOCK_BYTES:
                 continue
-            cut = buffer.rfind(separator, max(0, searched - len(separator))) + len(separator) if separator else 0
+            cut = _last_cut(buffer, separator, searched)
             searched = len(buffer)
-            if cut <= max(0, len(separator) - 1):
+            if not cut:
                 _check_length(len(buffer), path, line)
                 continue
             # The separator at the cut is left out: it belongs to neither side.
@@ -72,6 +72,18 @@ def _byte_blocks(path: Path, compression: str, separator: bytes, like: Block) ->
             f"{path}: {error} after line {line + buffer.count(10)}; copy or download the file again"
         ) from None
     yield _block(like, line, bytes(buffer), position)
+
+
+def _last_cut(buffer: bytearray, separator: bytes, searched: int) -> int:
+    """Return the place after the last separator, 0 for none; before `searched` there is none.
+
+    Separators are matched from the left, as `str.split` does: a search from the right would cut `\\n\\n\\n` elsewhere.
+    """
+    if not separator:
+        return 0
+    start = max(0, searched - len(separator) + 1)
+    parts = bytes(buffer[start:]).split(separator)
+    return len(buffer) - len(parts[-1]) if len(parts) > 1 else 0
 
 
 def _block(like: Block, line: int, data: bytes, position: int) -> Block:

@@ -1,8 +1,8 @@
 """Writing a token store so that it is whole or not there.
 
 Everything is built in the folder `.partial` inside the store's folder. When all files are complete and on disk, an
-older manifest is removed, then the files are renamed into place, the manifest last. Whatever is killed in between leaves
-a folder without manifest, which no reader takes for a store and the next attempt clears.
+older manifest is removed, then the files are renamed into place, the manifest last. Whatever is killed in between
+leaves a folder without manifest, which no reader takes for a store and the next attempt clears.
 """
 
 import contextlib
