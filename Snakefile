@@ -42,6 +42,10 @@ rule all:
         f"{RESULTS}/report.html",
 
 
+onstart:
+    slurm.start(workflow)
+
+
 onsuccess:
     shell(f"cat {RESULTS}/tables/{LAWS[0]}/multipliers.md 2>/dev/null || true")
     print(f"report: {RESULTS}/report.html")

@@ -14,6 +14,7 @@ from typing import Any
 from qpipe.errors import QpipeError
 from qpipe.formats import Representation
 from qpipe.identity import canonical_json, digest
+from qpipe.resources import Site
 from qpipe.runs import Run
 from qpipe.study import Law, Study, load_study, plan, study_corpus
 
@@ -93,6 +94,11 @@ class Workflow:
         options = f"--bootstrap {fit.bootstrap} --level {fit.level} --seed {fit.seed} --delta {fit.delta}"
         fixed = "".join(f" --fix {name}={value}" for name, value in law.fix.items())
         return options + fixed + (f" --exclude '{fit.exclude}'" if fit.exclude else "")
+
+
+def training_site(workflow: Any) -> Site:
+    """Return what the profile says about the machine that trains, under `set-resources: train:`."""
+    return Site.from_profile(workflow.resource_settings.overwrite_resources.get("train", {}))
 
 
 def source_digest(*parts: str) -> str:

@@ -6,9 +6,13 @@ Parsed again in every cluster job, so nothing here imports torch.
 import sys
 from pathlib import Path
 
-from qpipe.workflow import Workflow, source_digest
+from qpipe import slurm
+from qpipe.workflow import Workflow, source_digest, training_site
+
+slurm.shield()
 
 STUDY = Workflow.from_snakemake(workflow)
+SITE = training_site(workflow)
 RESULTS = f"results/{STUDY.name}"
 TOKENS = f"results/tokens/{STUDY.corpus}/manifest.json"
 RUNS = STUDY.runs

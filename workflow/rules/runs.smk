@@ -41,8 +41,8 @@ rule train:
         f"benchmarks/workflow/train/{STUDY.name}/{{run}}.tsv"
     threads: 1
     resources:
-        mem_mb=lambda wildcards, attempt: 2000 * attempt,
-        runtime=lambda wildcards, attempt: 240 * attempt,
+        mem_mb=lambda wildcards, attempt: SITE.memory_mb(RUNS[wildcards.run], attempt),
+        runtime=lambda wildcards, attempt: SITE.minutes(RUNS[wildcards.run], attempt),
     message:
         "Training {wildcards.run}"
     shell:

@@ -1,0 +1,104 @@
+"""A checkout of the project that runs the smallest study, on the lab's Slurm or on this machine."""
+
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import lab
+
+ROOT = Path(__file__).parents[2]
+SOURCES = ["Snakefile", "workflow", "qpipe", "config", "profiles"]
+STUDY = (ROOT / "tests/studies/smoke.yaml").read_text()
+
+
+class Clone:
+    """A checkout of the project with the Slurm profile edited for the lab, as a user edits it for a cluster."""
+
+    def __init__(self, folder: Path, study: str = STUDY) -> None:
+        self.folder, self.results = folder, folder / "results/smoke"
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in SOURCES:
+            source = ROOT / name
+            if source.is_dir():
+                shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copyfile(source, folder / name)
+        (folder / "study.yaml").write_text(study)
+        self.edit_profile(
+            {
+                "slurm_partition": "main",
+                "slurm_account": "lab",
+                "slurm-init-seconds-before-status-checks": 1,
+                "latency-wait": 10,
+                "tokenize": 1,
+            }
+        )
+        self.edit_profile({"train": 1}, part="set-threads")
+
+    def edit_profile(self, values: dict[str, object], part: str = "") -> None:
+        """Replace values of the Slurm profile, keeping a string's two pairs of quotes."""
+        path = self.folder / "profiles/slurm/config.yaml"
+        before, mark, text = path.read_text().rpartition(f"{part}:\n") if part else ("", "", path.read_text())
+        for key, value in values.items():
+            shown = f"\"'{value}'\"" if isinstance(value, str) else str(value)
+            text, count = re.subn(rf"^( *){key}: [^#\n]+", rf"\g<1>{key}: {shown} ", text, flags=re.MULTILINE)
+            assert count, f"profiles/slurm/config.yaml has no {key}"
+        path.write_text(before + mark + text)
+
+    def command(self, *options: str, profile: str = "slurm") -> list[str]:
+        return [
+            *(sys.executable, "-m", "snakemake", "--profile", f"profiles/{profile}", "--configfile", "study.yaml"),
+            *options,
+        ]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {**lab.clean_environment(), "PYTHONPATH": str(self.folder), "OMP_NUM_THREADS": "1"}
+
+    def snakemake(self, *options: str, profile: str = "slurm", check: bool = True) -> str:
+        """Run Snakemake to its end; return what it said."""
+        done = subprocess.run(
+            self.command(*options, profile=profile),
+            cwd=self.folder,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+        )
+        text = done.stdout + done.stderr
+        assert done.returncode == 0 or not check, text[-5000:] + self.logs()
+        assert done.returncode != 0 or check, text[-3000:]
+        return text
+
+    def start(self, *options: str) -> subprocess.Popen[str]:
+        """Start Snakemake as a shell starts a foreground job: Ctrl-C reaches it."""
+        return subprocess.Popen(
+            self.command(*options),
+            cwd=self.folder,
+            env=self.environment,
+            stdout=(self.folder / "snakemake.out").open("w"),
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+
+    def said(self) -> str:
+        return (self.folder / "snakemake.out").read_text()
+
+    def logs(self) -> str:
+        """Return the ends of the jobs' logs."""
+        paths = [*(self.folder / "logs").rglob("*.log")]
+        return "\n".join(f"== {path}\n{path.read_text()[-1500:]}" for path in paths if path.stat().st_size)
+
+    def runs(self) -> list[str]:
+        return sorted(path.parent.name for path in self.results.glob("runs/*/run.yaml"))
+
+    def science(self) -> dict[str, bytes]:
+        """Return what must not depend on where and how often a run was started."""
+        names = ("record.json", "curve.parquet", "model.safetensors")
+        files = [path for name in names for path in self.results.glob(f"runs/*/{name}")]
+        tables = [*self.results.glob("tables/*/multipliers.csv"), *self.results.glob("fits/*.json")]
+        return {str(path.relative_to(self.results)): path.read_bytes() for path in [*files, *tables]}

@@ -1,0 +1,50 @@
+"""A Slurm for the session and clones of the project that run the smallest study through it."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import lab as slurm
+import pytest
+from clones import Clone
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "slurm: runs jobs on a throw-away Slurm (needs root and Debian's slurm packages)"
+    )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    problem = slurm.missing()
+    for item in items:
+        if item.get_closest_marker("slurm"):
+            item.add_marker(pytest.mark.skipif(bool(problem), reason=problem))
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[slurm.Lab]:
+    """A Slurm of three nodes with two simulated GPUs each."""
+    with slurm.only_one():
+        one = slurm.Lab(tmp_path_factory.mktemp("slurm"))
+        one.up()
+        try:
+            yield one
+        finally:
+            one.down()
+
+
+@pytest.fixture(scope="session")
+def local(tmp_path_factory: pytest.TempPathFactory) -> Clone:
+    """The same study, finished on this machine without Slurm."""
+    clone = Clone(tmp_path_factory.mktemp("local"))
+    clone.snakemake("--cores", str(os.cpu_count()), profile="local")
+    return clone
+
+
+@pytest.fixture
+def clone(lab: slurm.Lab, tmp_path: Path) -> Iterator[Clone]:
+    """A fresh clone; jobs it leaves behind are cancelled."""
+    yield Clone(tmp_path / "clone")
+    slurm.run("scancel", "--user", "root", check=False)
+    slurm.wait_until(lambda: not slurm.squeue("--states", "running,completing,pending"), 60)
