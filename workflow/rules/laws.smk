@@ -70,14 +70,8 @@ rule multipliers:
     input:
         f"{RESULTS}/fits/{{law}}.json",
     output:
-        multiext(
-            f"{RESULTS}/tables/{{law}}/multipliers",
-            ".parquet",
-            ".csv",
-            ".md",
-            ".tex",
-            ".txt",
-        ),
+        parquet=f"{RESULTS}/tables/{{law}}/multipliers.parquet",
+        others=multiext(f"{RESULTS}/tables/{{law}}/multipliers", ".csv", ".md", ".tex"),
     log:
         f"logs/multipliers/{STUDY.name}/{{law}}.log",
     params:
