@@ -29,7 +29,10 @@ def specification(chart: Chart) -> Json:
                 layout["shapes"].append(_rule(mark, suffix))
         layout |= _axes(chart, panel, number, suffix)
         layout["annotations"].append(_panel_title(panel, suffix))
+    ranks = {_text(name): 1000 + rank for rank, name in enumerate(chart.looks)}
     for trace in traces:
+        if trace["name"] in ranks:
+            trace["legendrank"] = ranks[trace["name"]]
         if trace["showlegend"]:
             trace["showlegend"] = trace["name"] not in named
             named.add(trace["name"])
@@ -52,6 +55,7 @@ def _layout(chart: Chart) -> Json:
         "hovermode": "closest",
         "showlegend": True,
         "legend": {"itemsizing": "constant", "tracegroupgap": 0},
+        "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": GREY, "activecolor": INK},
         "meta": {
             "name": chart.name,
             "title": chart.title,
@@ -82,7 +86,7 @@ def _axis(axis: Axis) -> Json:
     return {
         "type": "log" if axis.log else "linear",
         "range": limits,
-        "title": {"text": _text(axis.title)},
+        "title": {"text": _text(axis.title), "standoff": 8},
         "tickmode": "array",
         "tickvals": [value for value, _ in axis.ticks],
         "ticktext": [_text(label) for _, label in axis.ticks],

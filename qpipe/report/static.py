@@ -4,11 +4,12 @@ matplotlib's object interface is used without pyplot: no global state, no displa
 Text is drawn as outlines, so that a figure looks the same wherever it is opened.
 """
 
+import io
 import itertools
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -75,15 +76,21 @@ def draw(chart: Chart) -> Figure:
         return figure
 
 
-def save(chart: Chart, folder: Path) -> list[Path]:
-    """Write `<name>.svg` and `<name>.png` into `folder`, atomically; return their paths."""
-    figure = draw(chart)
-    paths = [folder / f"{chart.name}.svg", folder / f"{chart.name}.png"]
+def render(chart: Chart, kind: Literal["svg", "png"]) -> bytes:
+    """Return the chart as the bytes of a file."""
+    metadata = {"svg": {"Date": None, "Creator": "qpipe"}, "png": {"Software": "qpipe"}}[kind]
+    figure, buffer = draw(chart), io.BytesIO()
     with mpl.rc_context(_SETTINGS):
-        for path, metadata in zip(paths, ({"Date": None, "Creator": "qpipe"}, {"Software": "qpipe"}), strict=True):
-            with replacing(path) as temporary:
-                figure.savefig(temporary, format=path.suffix[1:], dpi=_DPI, metadata=metadata)
-    return paths
+        figure.savefig(buffer, format=kind, dpi=_DPI, metadata=metadata)
+    return buffer.getvalue()
+
+
+def save(chart: Chart, folder: Path) -> None:
+    """Write `<name>.svg` and `<name>.png` into `folder`, atomically."""
+    kinds: tuple[Literal["svg", "png"], ...] = ("svg", "png")
+    for kind in kinds:
+        with replacing(folder / f"{chart.name}.{kind}") as temporary:
+            temporary.write_bytes(render(chart, kind))
 
 
 def _share_y(chart: Chart) -> bool:
@@ -200,7 +207,7 @@ def _end_labels(ax: Axes, chart: Chart) -> None:
         ax.annotate(
             line.name, (1.0, end), (1.06, place), xycoords="axes fraction", textcoords="axes fraction",
             size=_LABEL_SIZE, va="center", annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "relpos": (0, 0.5), "color": line.color, "lw": 0.6, "shrinkA": 1, "shrinkB": 0},
+            arrowprops={"arrowstyle": "-", "relpos": (0, 0.5), "color": line.color, "lw": 0.6, "shrinkB": 0},
         )  # fmt: skip
 
 

@@ -1,0 +1,45 @@
+"""Write the report: one self-contained HTML page with tables, interactive figures, runs and provenance.
+
+The page opens in any browser without a network, works in light and dark, and prints. Only a fit is needed; the more is
+given, the more the page holds. --table takes the files or folders of `qpipe multipliers` in the order of --fit,
+--figures those of `qpipe figures`.
+
+example:
+  qpipe report --fit FIT.json --table tables/ --figures figures/ --losses losses.csv --out report.html
+"""
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `qpipe report`."""
+    parser.add_argument("--fit", type=Path, nargs="+", required=True, metavar="FIT.json", help="fitted laws")
+    parser.add_argument("--out", type=Path, required=True, metavar="report.html", help="page to write")
+    parser.add_argument("--table", type=Path, nargs="*", default=[], metavar="DIR", help="multiplier tables")
+    parser.add_argument("--figures", type=Path, nargs="*", default=[], metavar="DIR", help="figures of the fits")
+    parser.add_argument("--study", type=Path, metavar="STUDY.yaml", help="the study, resolved")
+    parser.add_argument("--plan", type=Path, metavar="PLAN.json", help="its runs: names those that are missing")
+    parser.add_argument("--losses", type=Path, nargs="*", default=[], metavar="LOSSES", help="loss tables")
+    parser.add_argument("--runs", type=Path, metavar="DIR", help="folder that holds one folder per run")
+    parser.add_argument("--capacity", type=Path, nargs="*", default=[], metavar="CAPACITY.json", help="capacities")
+    parser.add_argument("--benchmarks", type=Path, nargs="*", default=[], metavar="DIR", help="Snakemake benchmarks")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the page and print its path."""
+    from qpipe.report.page import Sources, write_report
+
+    sources = Sources(
+        fits=args.fit,
+        study=args.study,
+        plan=args.plan,
+        tables=args.table,
+        figures=args.figures,
+        losses=args.losses,
+        runs=args.runs,
+        capacity=args.capacity,
+        benchmarks=args.benchmarks,
+    )
+    print(write_report(sources, args.out))
+    return 0
