@@ -34,12 +34,14 @@ localrules:
     multipliers,
     figures,
     report,
+    track,
 
 
 rule all:
     default_target: True
     input:
         f"{RESULTS}/report.html",
+        tracked_laws(),
 
 
 onstart:

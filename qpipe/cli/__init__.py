@@ -25,6 +25,7 @@ VERBS: dict[str, str] = {
     "predict": "fit -> predicted loss at any size, tokens and representation",
     "figures": "fit + losses -> figures",
     "report": "tables and figures -> one self-contained HTML page",
+    "track": "log the multiplier table to Weights & Biases",
     "schema": "write the JSON schema of study files for editors",
 }
 

@@ -49,6 +49,13 @@ def capacity_of_law(wildcards):
     ]
 
 
+def tracked_laws():
+    """What Weights & Biases made of each law, where the study tracks its runs."""
+    if STUDY.study.wandb.mode == "disabled":
+        return []
+    return [f"{RESULTS}/wandb/{law}.txt" for law in LAWS]
+
+
 def write_list(paths, log):
     """Write paths to a file beside a log: a study may have more records than a command line holds."""
     listing = Path(log).with_suffix(".list")

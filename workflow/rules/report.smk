@@ -5,6 +5,7 @@ REQUIRED INPUTS
 OUTPUTS
     results/<study>/figures/<law>/              static figures and figures.json
     results/<study>/report.html                 one self-contained page
+    results/<study>/wandb/<law>.txt             what became of the table on Weights & Biases
 """
 
 
@@ -54,3 +55,18 @@ rule report:
         "{QPIPE} report --study {input.study} --plan {input.plan} --runs {params.runs} --losses {input.losses}"
         " --capacity {input.capacity} --fit {input.fits} --table {input.tables} --figures {input.figures}"
         " --out {output} > {log} 2>&1"
+
+
+rule track:
+    input:
+        parquet=f"{RESULTS}/tables/{{law}}/multipliers.parquet",
+        plan=f"{RESULTS}/plan.json",
+    output:
+        f"{RESULTS}/wandb/{{law}}.txt",
+    log:
+        f"logs/track/{STUDY.name}/{{law}}.log",
+    message:
+        "Logging the multipliers of the {wildcards.law} law to Weights & Biases"
+    shell:
+        "{WANDB} {QPIPE} track $(dirname {input.parquet}) --study {STUDY.name} --law {wildcards.law}"
+        " --plan {input.plan} --out $(dirname {output}) > {output} 2> {log}"
