@@ -1,8 +1,8 @@
 """Write the report: one self-contained HTML page with tables, interactive figures, runs and provenance.
 
 The page opens in any browser without a network, works in light and dark, and prints. Only a fit is needed; the more is
-given, the more the page holds. --table takes the files or folders of `qpipe multipliers` in the order of --fit,
---figures those of `qpipe figures`.
+given, the more the page holds. --table takes the files or folders of `qpipe multipliers`, in the order of those fits
+that have multipliers; --figures those of `qpipe figures`, in any order.
 
 example:
   qpipe report --fit FIT.json --table tables/ --figures figures/ --losses losses.csv --out report.html
@@ -23,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--losses", type=Path, nargs="*", default=[], metavar="LOSSES", help="loss tables")
     parser.add_argument("--runs", type=Path, metavar="DIR", help="folder that holds one folder per run")
     parser.add_argument("--capacity", type=Path, nargs="*", default=[], metavar="CAPACITY.json", help="capacities")
-    parser.add_argument("--benchmarks", type=Path, nargs="*", default=[], metavar="DIR", help="Snakemake benchmarks")
+    parser.add_argument(
+        "--step", type=_step, nargs="*", default=[], metavar="STEP=PATH", help="Snakemake benchmarks, e.g. fit=fit.tsv"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -39,7 +41,15 @@ def run(args: argparse.Namespace) -> int:
         losses=args.losses,
         runs=args.runs,
         capacity=args.capacity,
-        benchmarks=args.benchmarks,
+        steps=dict(args.step),
     )
     print(write_report(sources, args.out))
     return 0
+
+
+def _step(word: str) -> tuple[str, Path]:
+    """Split `train=benchmarks/train/demo` into the step's name and its benchmark file or folder."""
+    name, equals, path = word.partition("=")
+    if not (name and equals and path):
+        raise argparse.ArgumentTypeError(f"'{word}' is not STEP=PATH, as in train=benchmarks/train/demo")
+    return name, Path(path)

@@ -44,6 +44,8 @@ class Line:
     """Write the name in the right margin, on a place of its own, or at the line's last point."""
     legend: bool = False
     """Name it in the legend."""
+    group: str = ""
+    """Representation that the line belongs to, where it has a name of its own."""
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ def specification(chart: Chart) -> Json:
                 layout["shapes"].append(_rule(mark, suffix))
         layout |= _axes(chart, panel, number, suffix)
         layout["annotations"].append(_panel_title(panel, suffix))
+    traces += _group_entries(chart)
     ranks = {_text(name): 1000 + rank for rank, name in enumerate(chart.looks)}
     for trace in traces:
         if trace["name"] in ranks:
@@ -37,6 +38,13 @@ def specification(chart: Chart) -> Json:
             trace["showlegend"] = trace["name"] not in named
             named.add(trace["name"])
     return {"data": traces, "layout": layout}
+
+
+def _group_entries(chart: Chart) -> list[Json]:
+    """Return traces of one empty point each (plotly drops traces of none) that name groups of lines in the legend."""
+    marks = [mark for panel in chart.panels for mark in panel.marks if isinstance(mark, Line) and mark.group]
+    names = sorted({mark.group for mark in marks})
+    return [_points(Points(name, (), (), chart.looks[name])) | {"x": [None], "y": [None]} for name in names]
 
 
 def _text(value: str) -> str:
@@ -151,9 +159,10 @@ def _line(mark: Line) -> Json:
         "type": "scatter",
         "mode": "lines",
         "name": _text(mark.name),
-        "legendgroup": _text(mark.name),
+        "legendgroup": _text(mark.group or mark.name),
         "showlegend": mark.legend,
-        "hoverinfo": "skip",
+        "hoverinfo": "name" if mark.group else "skip",
+        "hoverlabel": {"namelength": -1},
         "x": list(mark.x),
         "y": list(mark.y),
         "line": {"color": mark.color, "dash": mark.dash, "width": mark.width},

@@ -137,6 +137,8 @@ def no_collapse(subject: Subject) -> str:
         return f"the {fit.law} law is not a function of N x eff alone at fixed D"
     if not base <= set(fit.parameters):
         return "the fit lacks " + ", ".join(sorted(base - set(fit.parameters)))
+    if len(subject.representations) == 1:
+        return "one representation has nothing to collapse with"
     lost = sorted(set(subject.rows["representation"]) - set(subject.multipliers) - {"dense"})
     return f"no multiplier of {', '.join(lost)}" if lost else ""
 

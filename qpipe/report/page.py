@@ -9,7 +9,7 @@ import base64
 import hashlib
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from importlib.metadata import version
@@ -28,7 +28,7 @@ from qpipe.report.axes import format_number
 from qpipe.report.inputs import file_digest, inside, read_capacities, read_json
 from qpipe.report.interactive import specification
 from qpipe.report.palette import INK
-from qpipe.report.run_tables import RunRow, benchmark_table, curves_chart, gather_runs, runs_table, versions_of
+from qpipe.report.run_tables import RunRow, curves_chart, gather_runs, runs_table, timing_table, versions_of
 from qpipe.report.static import render
 from qpipe.report.subject import Capacity, Subject
 from qpipe.report.tables import (
@@ -56,15 +56,15 @@ class Sources:
     study: Path | None = None
     plan: Path | None = None
     tables: Sequence[Path] = ()
-    """multipliers.parquet of each fit, in the fits' order, or none at all."""
+    """multipliers.parquet of each fit that has multipliers, in the fits' order, or none at all."""
     figures: Sequence[Path] = ()
     """figures.json of each fit, in any order."""
     losses: Sequence[Path] = ()
     runs: Path | None = None
     """Holds a folder per run."""
     capacity: Sequence[Path] = ()
-    benchmarks: Sequence[Path] = ()
-    """Folders of Snakemake's benchmark files, one folder per step below each."""
+    steps: Mapping[str, Path] = field(default_factory=dict)
+    """Benchmark file of each step of the workflow, or a folder with one per job."""
 
 
 @dataclass
@@ -109,7 +109,7 @@ def build(sources: Sources) -> str:
         "runs": runs_table(rows) if rows else None,
         "runs_summary": _runs_summary(rows),
         "curves": figures.add(specification(curves), render(curves, "svg"), "curves") if curves else None,
-        "timing": benchmark_table(sources.benchmarks, rows),
+        "timing": timing_table(sources.steps, rows),
         "capacity": _capacity_table(capacities) if capacities else None,
         "study": sources.study.read_text(encoding="utf-8") if sources.study else "",
         "study_path": str(sources.study or ""),
@@ -157,19 +157,13 @@ def script_json(content: Any) -> str:
 
 
 def _fit_sections(sources: Sources, capacities: dict[str, Capacity], figures: _Figures) -> list[Json]:
-    tables = inside(sources.tables, "multipliers.parquet")
-    if tables and len(tables) != len(sources.fits):
-        raise QpipeError(
-            f"{len(sources.fits)} fits and {len(tables)} tables; give one --table per --fit, in the same order"
-        )
+    subjects = [Subject(Fit.from_json(path), capacities) for path in sources.fits]
+    tables = _tables_of(subjects, inside(sources.tables, "multipliers.parquet"))
     drawn = _figures_by_fit(inside(sources.figures, "figures.json"))
-    sections = []
-    for position, path in enumerate(sources.fits):
-        subject = Subject(Fit.from_json(path), capacities)
-        table = tables[position] if tables else None
-        sections.append(
-            _fit_section(subject, table, drawn.pop(file_digest(path), None), figures, f"fit-{position + 1}")
-        )
+    sections = [
+        _fit_section(subject, table, drawn.pop(file_digest(path), None), figures, f"fit-{position}")
+        for position, (path, subject, table) in enumerate(zip(sources.fits, subjects, tables, strict=True), start=1)
+    ]
     if drawn:
         raise QpipeError(
             [
@@ -178,6 +172,20 @@ def _fit_sections(sources: Sources, capacities: dict[str, Capacity], figures: _F
             ]
         )
     return sections
+
+
+def _tables_of(subjects: Sequence[Subject], tables: Sequence[Path]) -> list[Path | None]:
+    """Return the table of each fit, None for laws without multipliers (error: another number of tables)."""
+    having = [subject for subject in subjects if subject.multipliers]
+    if not tables:
+        return [None] * len(subjects)
+    if len(tables) != len(having):
+        raise QpipeError(
+            f"{len(having)} of the fits have multipliers and {len(tables)} tables are given; "
+            "give one --table per such --fit, in the same order"
+        )
+    order = iter(tables)
+    return [next(order) if subject.multipliers else None for subject in subjects]
 
 
 def _figures_by_fit(paths: Sequence[Path]) -> dict[str, tuple[Path, Json]]:

@@ -5,7 +5,7 @@ a row nor a record is missing, and is shown as such.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -130,17 +130,19 @@ def curves_chart(rows: Sequence[RunRow]) -> Chart | None:
         step = math.ceil(len(curve) / most)
         thin = curve.iloc[::-1].iloc[::step].iloc[::-1] if step > 1 else curve
         color = colors[row.representation].color
-        marks.append(Line(run_id, floats(thin["tokens"]), floats(thin["train_loss"]), color, width=1.0))
+        marks.append(
+            Line(run_id, floats(thin["tokens"]), floats(thin["train_loss"]), color, width=1.0, group=row.representation)
+        )
     lines = [mark for mark in marks if isinstance(mark, Line)]
-    x = numeric_axis("tokens seen", [v for line in lines for v in line.x], log=True, style="count", pad=0.02)
-    y = numeric_axis("training loss (nats/token)", [v for line in lines for v in line.y], log=True, pad=0.03)
+    across = numeric_axis("tokens seen", [v for line in lines for v in line.x], log=True, style="count", pad=0.02)
+    up = numeric_axis("training loss (nats/token)", [v for line in lines for v in line.y], log=True, pad=0.03)
     return Chart(
         name="curves",
         title="Training curves",
         subtitle=f"{len(curves)} runs",
         caption="Training loss against tokens, one line per run, coloured by representation; each point is the mean "
         "since the point before. Rest on a line for its run.",
-        panels=(Panel(x, y, tuple(marks)),),
+        panels=(Panel(across, up, tuple(marks)),),
         looks={name: colors[name] for name in sorted({row.representation for row, _ in curves.values()})},
     )
 
@@ -153,23 +155,15 @@ def _curve(folder: Path) -> pd.DataFrame:
     return curve[curve["train_loss"].notna() & (curve["train_loss"] > 0)]
 
 
-def benchmark_table(folders: Sequence[Path], rows: Sequence[RunRow]) -> Table | None:
-    """Return wall time per step from Snakemake's benchmark files and the runs' own clocks, or None without either."""
-    seconds: dict[str, list[float]] = {}
-    memory: dict[str, list[float]] = {}
-    for folder in folders:
-        for path in sorted(folder.rglob("*.tsv")):
-            step = path.relative_to(folder).parts[0].removesuffix(".tsv")
-            table = pd.read_csv(path, sep="\t", na_values=["-", "NA"])
-            if "s" not in table:
-                raise QpipeError(f"{path}: not a benchmark of a workflow step; it lacks the column s")
-            seconds.setdefault(step, []).extend(table["s"].dropna())
-            memory.setdefault(step, []).extend(table["max_rss"].dropna() if "max_rss" in table else [])
-    trained = [float(row.values["wall_seconds"]) for row in rows if not _absent(row.values.get("wall_seconds"))]
-    if trained:
-        seconds["runs, by their own clocks"] = trained
-    if not seconds:
-        return None
+def timing_table(steps: Mapping[str, Path], rows: Sequence[RunRow]) -> Table | None:
+    """Return wall times from Snakemake's benchmark files and the runs' own clocks, or None without either.
+
+    Parameters
+    ----------
+    steps
+        For each step of the workflow a benchmark file, or a folder with one per job. A step whose path does not exist
+        is shown as not recorded.
+    """
     columns = (
         Column("step", numeric=False),
         Column("jobs"),
@@ -178,13 +172,33 @@ def benchmark_table(folders: Sequence[Path], rows: Sequence[RunRow]) -> Table | 
         Column("longest"),
         Column("peak memory (MB)", "largest resident set of a job"),
     )
-    body = []
-    for step, times in seconds.items():
-        values = pd.Series(times, dtype=float)
-        peak = max(memory.get(step) or [math.nan])
-        cells = [number_cell(v, "time") for v in (values.sum(), values.median(), values.max())]
-        body.append((Cell(step, step), number_cell(len(times), ".0f"), *cells, number_cell(peak, "full")))
-    return Table(columns, tuple(body))
+    body = [_timing_row(step, *_benchmarks(path)) for step, path in steps.items()]
+    trained = [float(row.values["wall_seconds"]) for row in rows if not _absent(row.values.get("wall_seconds"))]
+    if trained:
+        body.append(_timing_row("runs, by their own clocks", trained, []))
+    return Table(columns, tuple(body)) if body else None
+
+
+def _timing_row(step: str, seconds: Sequence[float], memory: Sequence[float]) -> tuple[Cell, ...]:
+    if not seconds:
+        return (Cell(step, step), Cell("not recorded"), *[Cell("")] * 4)
+    times = pd.Series(seconds, dtype=float)
+    cells = [number_cell(float(value), "time") for value in (times.sum(), times.median(), times.max())]
+    return (Cell(step, step), number_cell(len(times), ".0f"), *cells, number_cell(max(memory, default=None), ".0f"))
+
+
+def _benchmarks(path: Path) -> tuple[list[float], list[float]]:
+    """Return wall seconds and peak resident sets (MB) of the jobs."""
+    files = sorted(path.rglob("*.tsv")) if path.is_dir() else [path] if path.exists() else []
+    seconds: list[float] = []
+    memory: list[float] = []
+    for file in files:
+        table = pd.read_csv(file, sep="\t", na_values=["-"])
+        if "s" not in table:
+            raise QpipeError(f"{file}: not a benchmark of a workflow step; it lacks the column s")
+        seconds += table["s"].dropna().tolist()
+        memory += table["max_rss"].dropna().tolist() if "max_rss" in table else []
+    return seconds, memory
 
 
 def versions_of(rows: Sequence[RunRow]) -> list[tuple[str, str]]:
