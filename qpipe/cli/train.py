@@ -2,7 +2,8 @@
 
 Writes to OUT: record.json (the result), model.safetensors (final weights), curve.parquet (losses, learning rate,
 gradient norm over the steps), runtime.json (how long it took and where), run.yaml. A finished run is left as it is; a
-killed one resumes from its last checkpoint. On a CPU both end with the same record to the last bit.
+killed one resumes from its last checkpoint; SIGTERM and SIGUSR1 make it write one and stop (in a Slurm job SIGUSR1 also
+requeues the job). On a CPU both end with the same record to the last bit.
 
 environment:
   QPIPE_SCRATCH             folder for checkpoints (default: OUT/scratch)
@@ -16,9 +17,10 @@ example:
 """
 
 import argparse
+import sys
 from pathlib import Path
 
-from qpipe.cli.logs import log_to_stderr
+from qpipe.cli.logs import logged_to_stderr
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,9 +31,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train; a run that diverges is a result and ends with 0 as well."""
-    log_to_stderr("qpipe.train")
-    from qpipe.train.pretrain import train_run
+    """Train; a run that diverges is a result and ends with 0 as well, one stopped by a signal with 1."""
+    with logged_to_stderr("qpipe.train"):
+        from qpipe.train.pretrain import train_run
+        from qpipe.train.stop import Stopped
 
-    train_run(args.run, args.tokens, args.out)
+        try:
+            train_run(args.run, args.tokens, args.out)
+        except Stopped as stopped:
+            print(stopped, file=sys.stderr)
+            return 1
     return 0

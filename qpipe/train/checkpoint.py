@@ -73,10 +73,11 @@ class TimedCheckpoint(lightning.Callback):
         if trainer.world_size > 1:
             due = self.history.row_due(step) and trainer.strategy.broadcast(due)
         if due and not self.history.failure:
-            self._save(trainer, step)
+            self.save(trainer, step)
             self._last = time.monotonic()
 
-    def _save(self, trainer: Any, step: int) -> None:
+    def save(self, trainer: Any, step: int) -> None:
+        """Save now (error: a newer attempt has taken over)."""
         if self.scratch.superseded:
             raise QpipeError(f"run {self.run_id}: a newer attempt has taken over; this one stops")
         begin = time.monotonic()

@@ -21,6 +21,7 @@ from qpipe.train.progress import Progress, Recorder, duration
 from qpipe.train.results import finished_record, make_record, publish
 from qpipe.train.runtime import describe
 from qpipe.train.scratch import Scratch, checkpoint_seconds
+from qpipe.train.stop import StopOnSignal
 from qpipe.train.store import open_store
 from qpipe.train.tracking import Tracking
 from qpipe.train.validation import Validation, diverged, sequences_at_once
@@ -44,6 +45,8 @@ def train_run(run_file: Path, tokens: Path, out: Path) -> Record:
     ------
     QpipeError
         Run and token store do not fit together, `out` holds another run, or the results cannot be written.
+    Stopped
+        A signal asked for it; the run resumes from where it stands.
     """
     begin = time.monotonic()
     run = load_run(run_file)
@@ -103,6 +106,7 @@ def make_trainer(run: Run, scratch: Scratch, callbacks: list[Any], history: Hist
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for known in (r".*`srun` command is available.*", r".*isinstance\(treespec, LeafSpec\).*"):
         warnings.filterwarnings("ignore", message=known)  # about how Lightning was started and what it uses itself
+    timed = TimedCheckpoint(scratch, history, run.id, checkpoint_seconds())
     return lightning.Trainer(
         accelerator=os.environ.get("QPIPE_ACCELERATOR", "auto"),
         devices=1,
@@ -111,7 +115,7 @@ def make_trainer(run: Run, scratch: Scratch, callbacks: list[Any], history: Hist
         precision="bf16-mixed" if run.training.precision == "bf16" else "32-true",
         max_steps=run.steps,
         max_epochs=-1,
-        callbacks=[*callbacks, TimedCheckpoint(scratch, history, run.id, checkpoint_seconds())],
+        callbacks=[*callbacks, timed, StopOnSignal(timed)],
         logger=tracking.logger or False,
         default_root_dir=scratch.folder,
         enable_checkpointing=False,

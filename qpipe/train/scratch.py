@@ -71,6 +71,8 @@ class Scratch:
 
     def beat(self, **state: Any) -> None:
         """Rewrite the heartbeat with where training stands; a lost one is no harm, so it is not made durable."""
+        if self.superseded:
+            return  # the heartbeat is the newer attempt's
         content = {"pid": os.getpid(), "host": socket.gethostname(), "attempt": self.attempt, "time": time.time()}
         temporary = self.folder / f".heartbeat.{os.getpid()}.tmp"
         try:
