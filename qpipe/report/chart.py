@@ -68,6 +68,8 @@ class Bars:
     high: Floats
     colors: tuple[str, ...]
     texts: tuple[str, ...]
+    text_from: Floats
+    """Where each text may start without covering a mark."""
     hover: tuple[str, ...]
 
 

@@ -25,22 +25,24 @@ def multiplier_bars(subject: Subject) -> Chart:
     # A third of the width is kept free for the numbers at the bars' ends.
     ticks = tuple((t, format_number(t)) for t in linear_ticks(0, widest * 1.02, 6))
     x = Axis("eff (share of its parameters that a representation is worth)", (0.0, widest * 1.04), ticks)
+    predicted = {name: subject.capacities[name].rho for name in subject.with_known("rho") if name != "dense"}
     bars = Bars(
         values=floats([entry.eff for entry in entries.values()]),
         low=floats([low for low, _ in ends]),
         high=floats([min(high, 1e9) for _, high in ends]),
         colors=tuple(subject.looks[name].color for name in entries),
         texts=tuple("1 (the reference)" if name == "dense" else str(e) for name, e in entries.items()),
+        text_from=floats(
+            [max(m.eff, high, predicted.get(r, 0)) for (r, m), (_, high) in zip(entries.items(), ends, strict=True)]
+        ),
         hover=tuple(f"{name}: {e}\n{e.n_runs} runs" for name, e in entries.items()),
     )
     marks: list[Mark] = [Rule(1.0, "x", "dense"), bars]
-    predicted = {name: subject.capacities[name].rho for name in subject.with_known("rho") if name != "dense"}
     if predicted:
         rows = floats([list(entries).index(name) for name in predicted])
         hover = tuple(f"{name}: predicted rho {rho:.3g}" for name, rho in predicted.items())
-        marks.append(
-            Points("predicted rho", floats(list(predicted.values())), rows, Look(INK, "diamond"), hover, open=True)
-        )
+        rho = floats(list(predicted.values()))
+        marks.append(Points("predicted rho", rho, rows, Look(INK, "diamond"), hover, open=True))
     return Chart(
         name="multipliers",
         title=subject.title("What each representation is worth"),

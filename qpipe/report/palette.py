@@ -21,6 +21,8 @@ WARN = "#c2410c"
 
 MARKERS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "pentagon", "star", "hexagon")
 _HUES = (258.0, 52.0, 148.0, 345.0, 200.0, 300.0, 105.0, 20.0)
+LIGHTEST, DARKEST = 0.648, 0.525
+"""OKLCH lightnesses between which every hue has a contrast of 3 to 1 with white and with the dark page."""
 _PREFERRED = {"w#": 0, "w#a#": 1, "s#": 2, "#:#": 2, "w#e#m#": 3, "mxfp#": 3, "vq#x#": 5}
 """Places in `_HUES` that the usual families take when free, so that they keep their hue from study to study."""
 
@@ -64,9 +66,9 @@ def _places(families: Iterable[str]) -> dict[str, int]:
 def _member(place: int, rank: int, count: int) -> Look:
     turn = 22.0 * (place // len(_HUES))
     share = rank / (count - 1) if count > 1 else 0.4
-    hue = _HUES[place % len(_HUES)] + turn + 16.0 * (share - 0.5)
+    hue = _HUES[place % len(_HUES)] + turn + 28.0 * (share - 0.5)
     marker = MARKERS[(rank + place % 4) % len(MARKERS)]
-    return Look(oklch(0.73 - 0.23 * share, 0.15, hue), marker)
+    return Look(oklch(LIGHTEST - (LIGHTEST - DARKEST) * share, 0.15, hue), marker)
 
 
 def _natural(name: str) -> list[tuple[int, float, str]]:

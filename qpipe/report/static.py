@@ -178,19 +178,19 @@ def _draw_points(ax: Axes, mark: Points) -> None:
 
 
 def _draw_bars(ax: Axes, mark: Bars) -> None:
-    rows = range(len(mark.values))
-    ax.barh(rows, mark.values, height=0.66, color=mark.colors, zorder=2)
+    ax.barh(range(len(mark.values)), mark.values, height=0.66, color=mark.colors, zorder=2)
     right = ax.get_xlim()[1]
-    for row, value, low, high, text in zip(rows, mark.values, mark.low, mark.high, mark.texts, strict=True):
+    whisker: dict[str, Any] = {"solid_capstyle": "butt", "clip_on": True}
+    for row, (low, high, text, start) in enumerate(zip(mark.low, mark.high, mark.texts, mark.text_from, strict=True)):
         # White under the whisker keeps it visible on a black bar.
-        ax.plot([low, min(high, right)], [row, row], color="white", linewidth=3, zorder=3, solid_capstyle="butt")
-        ax.plot([low, min(high, right)], [row, row], color="#495057", linewidth=1.4, zorder=4, solid_capstyle="butt")
+        ax.plot([low, min(high, right)], [row, row], color="white", linewidth=3, zorder=3, **whisker)
+        ax.plot([low, min(high, right)], [row, row], color="#495057", linewidth=1.4, zorder=4, **whisker)
         if high > right:
             ax.plot([right], [row], marker=">", color="#495057", markersize=5, clip_on=False, zorder=4)
-        place = min(max(high, value), right)
         # A white ground keeps the numbers legible where they cross the reference line.
         ground = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
-        ax.annotate(text, (place, row), (6, 0), textcoords="offset points", va="center", size=_LABEL_SIZE, bbox=ground)
+        place = (min(start, right), row)
+        ax.annotate(text, place, (6, 0), textcoords="offset points", va="center", size=_LABEL_SIZE, bbox=ground)
 
 
 def _end_labels(ax: Axes, chart: Chart) -> None:
@@ -259,30 +259,41 @@ def _legend(ax: Axes, chart: Chart) -> None:
 
 
 def _point_labels(ax: Axes, panel: Panel) -> None:
-    """Write names beside points where they cover neither a marker nor another name; the legend names the rest."""
+    """Write names beside points where they cover no mark and no other name; the legend names the rest."""
     marked = [mark for mark in panel.marks if isinstance(mark, Points) and mark.labels]
     if not marked:
         return
     canvas = ax.figure.canvas
     assert isinstance(canvas, FigureCanvasAgg)
     renderer = canvas.get_renderer()
-    centres = [tuple(ax.transData.transform((x, y))) for mark in marked for x, y in zip(mark.x, mark.y, strict=True)]
-    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in centres]
+    taken = [box for mark in marked for box in _occupied(ax, mark)]
     frame = ax.get_window_extent(renderer)
     for mark in marked:
-        text = ax.annotate(mark.name, (mark.x[0], mark.y[0]), size=_LABEL_SIZE)
         for dx, dy, ha, va in _PLACES:
-            text.remove()
             text = ax.annotate(
                 mark.name, (mark.x[0], mark.y[0]), (dx, dy), textcoords="offset points",
                 ha=ha, va=va, size=_LABEL_SIZE,
             )  # fmt: skip
             box = text.get_window_extent(renderer)
-            if frame.containsx(box.x0) and frame.containsx(box.x1) and not any(box.overlaps(other) for other in taken):
+            if frame.x0 < box.x0 and box.x1 < frame.x1 and not any(box.overlaps(other) for other in taken):
                 taken.append(box)
                 break
-        else:
             text.remove()
+
+
+def _occupied(ax: Axes, mark: Points) -> list[Bbox]:
+    """Return the pixels that markers and their intervals cover."""
+    radius = 3.0 * _DPI / 72
+    boxes = []
+    for position, (x, y) in enumerate(zip(mark.x, mark.y, strict=True)):
+        low, high = (mark.low[position], mark.high[position]) if mark.low else (y, y)
+        (left, bottom), (right, top) = ax.transData.transform([(x, min(low, y)), (x, max(high, y))])
+        boxes.append(Bbox.from_extents(left - radius, bottom - radius, right + radius, top + radius))
+        if mark.low:  # the bar itself is thin; only the marker is wide
+            centre = ax.transData.transform((x, y))[1]
+            boxes[-1] = Bbox.from_extents(left - 1, bottom, right + 1, top)
+            boxes.append(Bbox.from_extents(left - radius, centre - radius, right + radius, centre + radius))
+    return boxes
 
 
 _PLACES = (

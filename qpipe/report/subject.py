@@ -29,9 +29,13 @@ class Multiplier:
     def __str__(self) -> str:
         """Return `0.692 [0.671, 0.715]`, the interval where there is one."""
         if not self.has_interval:
-            return f"{self.eff:.3g}"
-        low, high = (f"{limit:.3g}".replace("inf", "∞") for limit in (self.low, self.high))
-        return f"{self.eff:.3g} [{low}, {high}]"
+            return digits(self.eff)
+        return f"{digits(self.eff)} [{digits(self.low)}, {digits(self.high)}]"
+
+
+def digits(value: float) -> str:
+    """Return a number with three significant digits, trailing zeros kept; ∞ for infinity."""
+    return f"{value:#.3g}".rstrip(".").replace("inf", "∞")
 
 
 @dataclass(frozen=True)

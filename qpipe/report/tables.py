@@ -11,7 +11,7 @@ import pandas as pd
 from qpipe.errors import QpipeError
 from qpipe.laws import Fit
 from qpipe.report.axes import format_number
-from qpipe.report.subject import Subject
+from qpipe.report.subject import Subject, digits
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def multiplier_page_table(subject: Subject, table: pd.DataFrame, meanings: Mappi
         low, high = (entry.low, entry.high) if entry.has_interval else (entry.eff, entry.eff)
         value, left, right = (min(v / widest, 1.0) for v in (entry.eff, low, high))
         bar = Interval(value, left, right, color)
-        words = f"{low:.3g} to {high:.3g}".replace("inf", "∞") if entry.has_interval else ""
+        words = f"{digits(low)} to {digits(high)}" if entry.has_interval else ""
         rows.append(
             (
                 Cell(name, name, swatch=color),
