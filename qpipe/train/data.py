@@ -26,7 +26,7 @@ from qpipe.errors import QpipeError
 
 Words = NDArray[np.uint64]
 
-_ROUNDS = 6
+_ROUNDS = 12
 _PREFETCHED = 4
 _PLACES_AT_ONCE = 8192
 

@@ -3,12 +3,13 @@
 Sums are kept on the device and read once per row of the curve, so that a GPU is never made to wait for the host. They
 are part of a checkpoint: a resumed run writes the same curve to the last bit. Nothing here depends on the clock.
 
-Divergence rule. A run has diverged when a loss or a gradient norm is not finite, or when, after warm-up, the mean
-training loss of a row exceeds twice ln V, the loss of guessing uniformly among the V tokens. It then stops at once:
-Adam does not come back from either.
+Divergence rule. A run has diverged when a loss or a gradient norm is not finite, or when, after warm-up and the first
+tenth of the steps, the mean training loss of the last four rows (2 % of the steps) exceeds twice ln V, the loss of
+guessing uniformly among the V tokens. It then stops at once.
 """
 
 import math
+import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ _UNITS = {
 _ROWS = 200
 _VALIDATIONS = 10
 _TAIL = 0.05
+_JUDGED = 4
+_SETTLING = 0.1
 
 
 @dataclass
@@ -97,14 +100,17 @@ class History:
             "validation_loss": validation_loss,
         }
         self.rows.append(row)
-        self._judge(step, loss)
+        self._judge(step)
         return row
 
-    def _judge(self, step: int, loss: float) -> None:
+    def _judge(self, step: int) -> None:
         first_bad = self._first_bad.item()
         if math.isfinite(first_bad):
             self.failure = f"loss or gradient not finite at step {int(first_bad):,} of {self.run.steps:,}"
-        elif step > self.run.training.warmup_fraction * self.run.steps and diverged(loss, self.run.shape.vocab_size):
+            return
+        loss = statistics.fmean(float(row["train_loss"] or 0.0) for row in self.rows[-_JUDGED:])
+        settled = step > max(self.run.training.warmup_fraction, _SETTLING) * self.run.steps
+        if settled and diverged(loss, self.run.shape.vocab_size):
             limit = 2 * math.log(self.run.shape.vocab_size)
             self.failure = f"training loss {loss:.2f} above {limit:.2f} (2 ln V) at step {step:,} of {self.run.steps:,}"
 
