@@ -50,6 +50,7 @@ def test_spelling_out_a_default_changes_nothing():
         ({"name": "x", "weights": {"grid": "int4", "gradient": "ste"}}, ["needs `scale`", "gaussian"]),
         ({"name": "x", "weights": {"grid": "int9", "scale": "absmax", "gradient": "ste"}}, ["1 to 8 bits"]),
         ({"name": "x", "weights": {"grid": "in4", "scale": "absmax", "gradient": "ste"}}, ["did you mean 'int4'"]),
+        ("2:4+vq2x16", ["save no bits"]),
         ({"name": "x", "rotation": 128}, ["rotation", "alone"]),
         ({"name": "x", "weights": {"scale": "absmax", "mask": {"sparsity": 0.5}}}, ["no `grid`"]),
         ({"name": "x", "weights": {"mask": {"n": 2, "m": 4, "backward": "banded", "band": 0.1}}}, ["sparsity"]),
@@ -82,11 +83,11 @@ def test_a_study_may_add_presets_but_not_redefine_shipped_names():
     ("name", "payload", "total"),
     [
         ("dense", 16, 16),
-        ("w4", 4, 4 + 16 / 1024),  # one float16 scale per row of 1024
-        ("w1.58", math.log2(3), 1.6 + 16 / 1024),
+        ("w4", 4, 4 + 32 / 1024),  # one float32 scale per row of 1024
+        ("w1.58", math.log2(3), 1.6 + 32 / 1024),
         ("2:4", 8, 9),  # two position indices of 2 bits per 4 weights
         ("s75", 4, 5),  # bitmap
-        ("2:4+w4", 2, 3 + 16 / 1024),
+        ("2:4+w4", 2, 3 + 32 / 1024),
         ("a8", 16, 16),
     ],
 )

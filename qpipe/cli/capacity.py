@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--all", action="store_true", help="the whole catalogue, sorted by effective bits")
     parser.add_argument("--width", type=int, default=4096, help="matrix width for scale overhead and rows (4096)")
-    parser.add_argument("--samples", type=int, default=2**22, help="numbers drawn where the error is sampled (4194304)")
+    parser.add_argument("--samples", type=int, default=2**20, help="numbers drawn where the error is sampled (1048576)")
     parser.add_argument("--seed", type=int, default=0, help="seed of sampled errors (0)")
     parser.add_argument("--json", action="store_true", help="a JSON list instead of a table")
 

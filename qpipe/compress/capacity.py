@@ -59,7 +59,7 @@ def _factor(part: TensorFormat | None, **sampling: Any) -> float:
 
 
 def capacity(
-    representation: Representation, *, width: int = 4096, samples: int = 2**22, seed: int = 0
+    representation: Representation, *, width: int = 4096, samples: int = 2**20, seed: int = 0
 ) -> dict[str, Any]:
     """The numbers of `qpipe capacity --json` for one representation.
 

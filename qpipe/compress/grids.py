@@ -1,19 +1,15 @@
-"""Levels of the scalar grids, and rounding onto them.
+"""Levels of the scalar grids.
 
 Every grid is given in its own unit: one step for integer grids, the standard's values for floating point, one standard
 deviation for Gaussian-optimal grids. A scale rule (`qpipe.compress.scales`) maps data into that unit.
-
-Ties: integer mid-tread grids round half to even; mid-rise grids take the upper level; floating-point grids round half
-to the even code; other grids take the upper level.
 """
 
 from functools import lru_cache
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from qpipe.compress.codebooks import lloyd_max, normal_float
 from qpipe.errors import QpipeError
 from qpipe.formats import Grid, parse_grid
 
@@ -29,6 +25,10 @@ def levels(word: str) -> NDArray[np.float64]:
         values = np.arange(grid.codes) + lowest_level(grid)
     elif grid.family == "float":
         values = _float_levels(grid.exponent, grid.mantissa)
+    elif grid.family == "normal":
+        values = normal_float()
+    elif grid.family == "gauss":
+        values = lloyd_max(grid.codes)
     else:
         raise QpipeError(f"grid '{word}' has no fixed list of scalar levels")
     result: NDArray[np.float64] = values.astype(np.float64)
@@ -44,7 +44,7 @@ def lowest_level(grid: Grid) -> float:
 def exponent_range(exponent: int, mantissa: int) -> tuple[int, float]:
     """Smallest normal exponent and largest value of a floating-point grid.
 
-    Bias 2^(e-1) - 1 (at least 0... 1 bit: 0) and all codes finite, except E4M3 (448) and E5M2 (57344), whose
+    Bias 2^(e-1) - 1 and all codes finite, except E4M3 (448) and E5M2 (57344), whose
     standards keep codes for NaN and infinities.
     """
     bias = 2 ** (exponent - 1) - 1
@@ -66,39 +66,7 @@ def _float_levels(exponent: int, mantissa: int) -> NDArray[np.float64]:
     return np.unique(np.concatenate([-positive, positive])) + 0.0
 
 
-def round_uniform(y: Tensor, grid: Grid) -> Tensor:
-    """Nearest level of an integer grid; `y` is in steps and is overwritten."""
-    low = lowest_level(grid)
-    high = low + grid.codes - 1
-    if grid.codes % 2 == 0 and grid.family == "rise":
-        return y.floor_().clamp_(low - 0.5, high - 0.5).add_(0.5)
-    return y.round_().clamp_(low, high)
-
-
-def round_float(y: Tensor, grid: Grid) -> Tensor:
-    """Nearest value of a floating-point grid, half to even; saturates at the largest value."""
-    smallest, top = exponent_range(grid.exponent, grid.mantissa)
-    _, exponent = torch.frexp(y)  # y = m 2^exponent with 0.5 <= |m| < 1
-    step = torch.ldexp(torch.ones_like(y), exponent.sub(1).clamp_(min=smallest).sub_(grid.mantissa))
-    return y.div(step).round_().mul_(step).clamp_(-top, top)
-
-
-def round_to_grid(y: Tensor, grid: Grid) -> Tensor:
-    """Nearest grid value of each number of `y`, in the grid's unit, same shape; may overwrite `y`."""
-    if grid.uniform:
-        return round_uniform(y, grid)
-    if grid.family == "float":
-        return round_float(y, grid)
-    raise QpipeError(f"grid '{grid.word}' cannot be rounded number by number")
-
-
 @lru_cache
 def half_gap(word: str) -> float:
     """Half of the largest gap between neighbouring levels: the trust radius in the grid's unit (2502.05003)."""
     return 0.5 if parse_grid(word).uniform else float(np.diff(levels(word)).max() / 2)
-
-
-@lru_cache
-def top_level(word: str) -> float:
-    """Largest level: what an absolute maximum is mapped to."""
-    return float(levels(word)[-1])

@@ -10,7 +10,7 @@ larger activation tensor.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from qpipe.compress.gradients import power, power_inverse
 from qpipe.compress.masks import sparsity_at
+from qpipe.compress.packing import pack, unpack
 from qpipe.compress.prepare import prepare
 from qpipe.compress.quantize import compress
 from qpipe.compress.rotation import rotate
@@ -133,6 +134,20 @@ class CompressedLinear(nn.Module):
         """The dequantized weight as used, shape (out_features, in_features), in the unrotated input basis."""
         with torch.no_grad(), _full_precision(self.weight.device):
             return rotate(self._represent_weight(), self.block)
+
+    def pack(self) -> dict[str, Tensor]:
+        """The compressed weight as packed bits (see `qpipe.compress.packing`)."""
+        if self._weights is None:
+            raise QpipeError(
+                f"representation '{self.representation.name}' keeps its weights in 16 bits: nothing to pack"
+            )
+        with torch.no_grad(), _full_precision(self.weight.device):
+            return pack(self._rotated_weight(), self._weights, self.weight_scale)
+
+    def unpack(self, packed: Mapping[str, Tensor]) -> Tensor:
+        """What `compressed_weight` was when `packed` was made, shape (out_features, in_features), float32."""
+        assert self._weights is not None
+        return rotate(unpack(packed, self._weights, (self.out_features, self.in_features)), self.block)
 
     def _rotated_weight(self) -> Tensor:
         stored = self.weight if self._weights is None else power(self.weight, self._weights.part.power)

@@ -101,3 +101,11 @@ def gradient_mask(x: Tensor, keep: Tensor, mask: Mask) -> Tensor | None:
     if mask.backward == "rms":
         return magnitude > by_rms
     return (magnitude < torch.minimum(by_rms, lowest_kept)) | (magnitude > torch.maximum(by_rms, lowest_kept))
+
+
+def join_gates(by_estimator: Tensor | None, keep: Tensor, by_mask: Tensor | None) -> Tensor:
+    """Join two gradient gates (None: all pass): kept numbers obey both, pruned ones only the mask's backward rule."""
+    by_mask = torch.ones_like(keep) if by_mask is None else by_mask.reshape(keep.shape)
+    if by_estimator is None:
+        return by_mask
+    return torch.where(keep, by_estimator & by_mask, by_mask)

@@ -5,6 +5,7 @@ from functools import lru_cache
 
 from qpipe.compress.gaussian import gaussian_multiplier
 from qpipe.compress.grids import SCALAR_FAMILIES, half_gap, levels
+from qpipe.compress.vectors import E8_UNIT
 from qpipe.formats import Grid, Mask, TensorFormat
 
 
@@ -33,6 +34,8 @@ class Prepared:
 def prepare(part: TensorFormat) -> Prepared:
     """Work out the constants of `part`."""
     grid = part.parsed_grid
+    if grid is not None and grid.family == "lattice":
+        return Prepared(part, grid, multiplier=E8_UNIT)
     if grid is None or grid.family not in SCALAR_FAMILIES:
         return Prepared(part, grid)
     values = levels(grid.word)

@@ -7,12 +7,14 @@ gradient rule. So a sparse and quantized weight is pruned first and its scale is
 import torch
 from torch import Tensor
 
+from qpipe.compress.binary import binary_codes, binary_scales, binary_values
 from qpipe.compress.gradients import straight_through
-from qpipe.compress.grids import round_to_grid
-from qpipe.compress.masks import gradient_mask, select, select_per_token
+from qpipe.compress.masks import gradient_mask, join_gates, select, select_per_token
 from qpipe.compress.prepare import Prepared
+from qpipe.compress.rounding import round_to_grid
 from qpipe.compress.scales import find_scale, grouped, reciprocal
 from qpipe.compress.trained import compress_with_trained_scale
+from qpipe.compress.vectors import outer_radius
 
 
 def compress(
@@ -69,11 +71,13 @@ def _represent(x: Tensor, prepared: Prepared, keep: Tensor | None, *, training: 
     """Compressed value of `x`, and where its gradient passes (None: everywhere), both of the shape of `x`."""
     assert prepared.grid is not None
     groups = grouped(x, prepared.part.group)
+    if prepared.grid.family == "binary":
+        return _represent_by_signs(x, groups, prepared, keep)
     scale = find_scale(groups, prepared)
     y = groups * reciprocal(scale)
     gate = _trusted(y, prepared)
     if keep is not None and prepared.mask is not None:
-        gate = _join(x, y, keep.reshape(y.shape), gate, prepared)
+        gate = _gate_of_pruned(x, y, keep, gate, prepared)
     if prepared.part.gradient == "uniform-noise" and training:
         value = (y + torch.rand_like(y) - 0.5).mul_(scale)
     else:
@@ -81,6 +85,22 @@ def _represent(x: Tensor, prepared: Prepared, keep: Tensor | None, *, training: 
     if keep is not None:
         value = value * keep.reshape(value.shape)
     return value.reshape(x.shape), None if gate is None else gate.reshape(x.shape)
+
+
+def _represent_by_signs(
+    x: Tensor, groups: Tensor, prepared: Prepared, keep: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Sums of signs bring their own scales; with gradient clip numbers beyond the largest sum get no gradient."""
+    assert prepared.grid is not None
+    scales = binary_scales(groups, prepared.grid)
+    value = binary_values(binary_codes(groups, scales), scales).reshape(x.shape)
+    gate = None
+    if prepared.part.gradient == "clip":
+        gate = (groups.abs() <= scales.sum(-1, keepdim=True)).reshape(x.shape)
+    if keep is not None:
+        value = value * keep
+        gate = _gate_of_pruned(x, x, keep, gate, prepared)
+    return value, gate
 
 
 def _trusted(y: Tensor, prepared: Prepared) -> Tensor | None:
@@ -93,6 +113,9 @@ def _trusted(y: Tensor, prepared: Prepared) -> Tensor | None:
     gradient, grid = prepared.part.gradient, prepared.grid
     if gradient in ("ste", "uniform-noise"):
         return None
+    if grid.dimension > 1:
+        norm = y.unflatten(-1, (-1, grid.dimension)).norm(dim=-1, keepdim=True)
+        return (norm <= outer_radius(grid, y)).expand(*norm.shape[:-1], grid.dimension).reshape(y.shape)
     if gradient == "trust" and not grid.uniform:
         return (round_to_grid(y.clone(), grid) - y).abs() <= prepared.radius
     if gradient == "trust" and prepared.part.outer is not None:
@@ -103,20 +126,12 @@ def _trusted(y: Tensor, prepared: Prepared) -> Tensor | None:
     return y.abs() <= high if low == -high else (y >= low) & (y <= high)
 
 
-def _join(x: Tensor, y: Tensor, keep: Tensor, trusted: Tensor | None, prepared: Prepared) -> Tensor | None:
-    """Join the estimator's gate with the pruning mask's backward rule: kept numbers obey both, pruned ones the mask's.
-
-    With backward `trust` a pruned number, represented by 0, is trusted where 0 lies within the trust radius.
-    """
+def _gate_of_pruned(x: Tensor, y: Tensor, keep: Tensor, trusted: Tensor | None, prepared: Prepared) -> Tensor | None:
+    """Gate of shape `y` under a mask; with backward `trust` a pruned number is trusted where 0 is near enough to it."""
     assert prepared.mask is not None
-    if prepared.mask.backward == "trust":
-        assert trusted is not None
-        return torch.where(keep, trusted, y.abs() <= prepared.radius)
-    by_mask = gradient_mask(x, keep.reshape(x.shape), prepared.mask)
-    if trusted is None:
-        return by_mask
-    by_mask = torch.ones_like(keep) if by_mask is None else by_mask.reshape(keep.shape)
-    return torch.where(keep, trusted & by_mask, by_mask)
+    if prepared.mask.backward == "trust" and trusted is not None:
+        return torch.where(keep.reshape(y.shape), trusted, y.abs() <= prepared.radius)
+    return join_gates(trusted, keep.reshape(y.shape), gradient_mask(x, keep, prepared.mask))
 
 
 def _leave_some_exact(

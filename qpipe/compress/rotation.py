@@ -8,28 +8,20 @@ optimal grids are made for. It is applied as one small matrix product per block,
 import torch
 from torch import Tensor
 
-_MATRICES: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
+from qpipe.compress.tables import constant
 
 
 def hadamard(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Normalised Hadamard matrix, shape (size, size); entries +-1/sqrt(size): (-1)^popcount(i & j)."""
-    key = (size, device, dtype)
-    matrix = _MATRICES.get(key)
-    if matrix is None:
-        with torch.inference_mode(False):
-            matrix = _build(size, device, dtype)
-        # A traced or fake tensor must not outlive its trace.
-        if not torch.compiler.is_compiling() and device.type != "meta":
-            _MATRICES[key] = matrix
-    return matrix
+    return constant(f"hadamard{size}", lambda: _build(size), device, dtype)
 
 
-def _build(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    matrix = torch.ones(1, 1, device=device, dtype=torch.float64)
+def _build(size: int) -> Tensor:
+    matrix = torch.ones(1, 1, dtype=torch.float64)
     while matrix.shape[0] < size:
         upper = torch.cat([matrix, matrix], dim=1)
         matrix = torch.cat([upper, torch.cat([matrix, -matrix], dim=1)])
-    return (matrix / size**0.5).to(dtype)
+    return matrix / size**0.5
 
 
 def rotate(x: Tensor, block: int) -> Tensor:

@@ -10,13 +10,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from qpipe.compress.grids import round_float, round_to_grid
 from qpipe.compress.prepare import Prepared
+from qpipe.compress.rounding import round_to_grid
 from qpipe.formats import parse_grid
 
 _E4M3 = parse_grid("e4m3")
 SEARCH_STEPS = 81
-"""Candidates of the MSE search: 20 % to 120 % of the absolute-maximum scale, evenly spaced."""
+"""Candidates of the MSE search: 10 % to 110 % of the absolute-maximum scale, evenly spaced."""
 
 
 def grouped(x: Tensor, group: str | int) -> Tensor:
@@ -70,7 +70,7 @@ def _search(x: Tensor, prepared: Prepared) -> Tensor:
     largest = absolute_maximum(x) / prepared.high
     best, best_error = largest, torch.full_like(largest, math.inf)
     for step in range(SEARCH_STEPS):
-        scale = largest * (0.2 + step / (SEARCH_STEPS - 1))
+        scale = largest * (0.1 + step / (SEARCH_STEPS - 1))
         value = round_to_grid(x * reciprocal(scale), prepared.grid) * scale
         error = (value - x).square().mean(dim=-1, keepdim=True)
         best = torch.where(error < best_error, scale, best)
@@ -88,17 +88,27 @@ _RULES: dict[str, Callable[[Tensor, Prepared], Tensor]] = {
 
 def find_scale(x: Tensor, prepared: Prepared) -> Tensor:
     """Scale of each group of `x`, shape (..., width of a group) -> (..., 1), as it is stored."""
-    assert prepared.part.scale is not None
-    scale = _RULES[prepared.part.scale](x, prepared)
+    scale = exact_scale(x, prepared)
+    if prepared.part.scale_format == "float16":
+        return scale.clamp(max=65504.0).to(torch.float16).to(scale.dtype)
     if prepared.part.scale_format == "e8m0":
         return _power_of_two(scale, x, prepared)
-    return _two_level(scale) if prepared.part.scale_format == "e4m3" else scale
+    if prepared.part.scale_format == "e4m3":
+        stored, tensor_scale = two_level(scale)
+        return stored * tensor_scale
+    return scale
 
 
-def _two_level(scale: Tensor) -> Tensor:
-    """NVFP4: group scales in E4M3 times one float32 per tensor, which maps the largest of them to 448, E4M3's top."""
+def exact_scale(x: Tensor, prepared: Prepared) -> Tensor:
+    """Scale of each group before it is rounded to its storage format."""
+    assert prepared.part.scale is not None
+    return _RULES[prepared.part.scale](x, prepared)
+
+
+def two_level(scale: Tensor) -> tuple[Tensor, Tensor]:
+    """NVFP4: group scales in E4M3, and one factor per tensor that maps the largest of them to 448, E4M3's top."""
     tensor_scale = scale.amax() / 448.0
-    return round_float(scale * reciprocal(tensor_scale), _E4M3) * tensor_scale
+    return round_to_grid(scale * reciprocal(tensor_scale), _E4M3), tensor_scale
 
 
 def _power_of_two(scale: Tensor, x: Tensor, prepared: Prepared) -> Tensor:

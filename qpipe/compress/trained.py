@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from qpipe.compress.gradients import learned_scale
-from qpipe.compress.grids import round_to_grid
-from qpipe.compress.masks import gradient_mask
+from qpipe.compress.masks import gradient_mask, join_gates
 from qpipe.compress.prepare import Prepared
+from qpipe.compress.rounding import round_to_grid
 from qpipe.compress.scales import absolute_maximum, grouped, mean_magnitude
 from qpipe.formats import Grid
 
@@ -44,9 +44,10 @@ def compress_with_trained_scale(
         level = round_to_grid(y.clone(), prepared.grid)
         gate, slope = _rules(y, level, prepared)
         value = level * unit
-        if keep is not None:
+        if keep is not None and prepared.mask is not None:
             kept = keep.reshape(groups.shape)
-            value, slope, gate = value * kept, slope * kept, _join(x, kept, gate, prepared)
+            value, slope = value * kept, slope * kept
+            gate = join_gates(gate, kept, gradient_mask(x, keep, prepared.mask))
     return learned_scale(groups, floored, value, gate, slope, gradient_factor(prepared.grid, count)).reshape(x.shape)
 
 
@@ -78,15 +79,6 @@ def _stretched(y: Tensor, value: Tensor, prepared: Prepared) -> tuple[Tensor, Te
     inside = y.abs() <= STRETCHED_CLIP
     top = 1.0 if prepared.part.published_slope else 1 - 1 / prepared.grid.codes
     return inside, torch.where(inside, value - y, y.sign() * top)
-
-
-def _join(x: Tensor, kept: Tensor, gate: Tensor, prepared: Prepared) -> Tensor:
-    """Kept numbers obey the estimator and the mask's backward rule, pruned ones the mask's."""
-    assert prepared.mask is not None
-    by_mask = gradient_mask(x, kept.reshape(x.shape), prepared.mask)
-    if by_mask is None:
-        return gate | ~kept
-    return torch.where(kept, gate & by_mask.reshape(kept.shape), by_mask.reshape(kept.shape))
 
 
 def gradient_factor(grid: Grid, count: int) -> float:

@@ -179,7 +179,8 @@ def _fill_side(part: str, entry: Mapping[str, Any], side: str, token: str, metho
     allowed = {str(bits): bits for bits in entry["bits"]}
     if token not in allowed:
         raise QpipeError(f"'{part}': method '{method}' has {', '.join(allowed)} bits, not {token}")
-    fields["grid"] = fields["grid"].format(bits=token)
+    levels = 2 ** round(float(token))
+    fields["grid"] = fields["grid"].format(bits=token, levels=levels)
     overrides = {str(bits): value for bits, value in entry.get("at", {}).items()}
     return fields | overrides.get(token, {}).get(side, {})
 

@@ -102,9 +102,9 @@ class TensorFormat(_Part):
     """How the scale of a group is found."""
     scale_start: Literal["lsq", "absmax", "absmean"] | None = None
     """Trained scales only, value before the first step: `lsq` 2 mean|x| / sqrt(top level), or the rule of that name."""
-    scale_format: Literal["float16", "float32", "e8m0", "e4m3"] = "float16"
-    """How a scale is stored. `e8m0` (MX) and `e4m3` (NVFP4, times one float32 per tensor) are applied in training;
-    the floating-point ones only count in the bits."""
+    scale_format: Literal["float32", "float16", "e8m0", "e4m3"] = "float32"
+    """How a scale is stored, and rounded in training: `e8m0` a power of two (MX), `e4m3` eight bits times one float32
+    per tensor (NVFP4)."""
     gradient: Gradient | None = None
     """Estimator of the gradient through the rounding."""
     outer: float | None = Field(default=None, ge=1)
@@ -173,6 +173,8 @@ def _with_binary_grid(part: TensorFormat) -> list[str]:
     problems = []
     if part.scale is not None:
         problems.append(f"grid '{part.grid}' finds its own scales by least squares; remove `scale`")
+    if part.scale_format != "float32":
+        problems.append(f"grid '{part.grid}' keeps its scales in float32; remove `scale_format`")
     if part.gradient not in ("ste", "clip"):
         problems.append(f"grid '{part.grid}' works with gradient ste or clip, not {part.gradient}")
     return problems
@@ -182,6 +184,8 @@ def _scale_problems(part: TensorFormat, grid: Grid) -> list[str]:
     problems = []
     if grid.dimension > 1 and part.scale != "gaussian":
         problems.append(f"vector grid '{part.grid}' is made for N(0, 1) data; use scale gaussian, not {part.scale}")
+    if grid.dimension > 1 and part.mask is not None:
+        problems.append(f"zeros inside the vectors of '{part.grid}' save no bits; use a scalar grid with the mask")
     if isinstance(part.group, int) and part.group % grid.dimension:
         problems.append(f"groups of {part.group} cut the {grid.dimension}-vectors of '{part.grid}'")
     if part.scale == "absmean" and part.grid not in ("ternary", "int1"):
@@ -194,8 +198,8 @@ def _scale_problems(part: TensorFormat, grid: Grid) -> list[str]:
         )
     if (part.scale_start is not None) != (part.scale in TRAINED_SCALES):
         problems.append("`scale_start` is needed by the trained scales (learned, elastic, clip) and by no others")
-    if part.scale_format in ("e8m0", "e4m3") and part.scale not in ("absmax", "mse", "gaussian"):
-        problems.append(f"scale format {part.scale_format} is rounded from data; use scale absmax, mse or gaussian")
+    if part.scale_format != "float32" and part.scale in TRAINED_SCALES:
+        problems.append(f"trained scales are float32; remove scale_format {part.scale_format}")
     return problems
 
 
