@@ -18,6 +18,7 @@ VERBS: dict[str, str] = {
     "capacity": "bits/weight, Gaussian error and predicted multiplier of representations",
     "tokenize": "corpus -> token store + manifest",
     "train": "one run -> record, final weights, curve",
+    "ptq": "quantize a dense checkpoint after training to any average bits per weight",
     "evaluate": "reload a trained run and reproduce its validation loss",
     "collect": "records -> loss table",
     "fit": "fit a scaling law to a loss table, ours or anyone's",

@@ -1,0 +1,131 @@
+"""A quantized model as a folder that transformers loads, dequantized, with every bias in it.
+
+Bias correction adds biases that a plain Llama does not have, and a plain reload would drop them without a word. Llama's
+configuration knows `attention_bias` and `mlp_bias`; with these on, all seven projections of a block have a bias, and
+those that got none are zero. OPT has its biases anyway. Our own decoders become Llama models: the fused query-key-value
+and gate-up layers are cut into the parts that transformers names.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qpipe.errors import QpipeError
+from qpipe.model import Decoder
+from qpipe.ptq.network import Network
+from qpipe.ptq.packed import build, read_packed
+from qpipe.ptq.result import PACKED
+from qpipe.recipe import ModelShape
+
+FOLDER = "transformers"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
+
+
+def export_transformers(out: Path, checkpoint: Path) -> Path:
+    """Write OUT/transformers from OUT/packed.safetensors; return the folder.
+
+    The weights are float32: exactly the values that codes, scales and offsets stand for. Tokenizer files of the
+    checkpoint are copied along.
+
+    Raises
+    ------
+    QpipeError
+        No packed model there.
+    """
+    import shutil
+
+    if not (out / PACKED).is_file():
+        raise QpipeError(f"{out} holds no {PACKED}; quantize first")
+    network = build(read_packed(out / PACKED), torch.device("cpu"))
+    model = to_llama(network.model) if isinstance(network.model, Decoder) else _with_all_biases(network)
+    folder, temporary = out / FOLDER, out / f".{FOLDER}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    for name in _TOKENIZER_FILES:
+        if (checkpoint / name).is_file():
+            shutil.copy(checkpoint / name, temporary / name)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+    return folder
+
+
+def to_llama(model: Decoder) -> Any:
+    """Return one of our decoders as a `LlamaForCausalLM` with the same logits."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    biased = any(isinstance(m, nn.Linear) and m.bias is not None for m in model.blocks.modules())
+    shape = model.shape
+    config = LlamaConfig(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.width,
+        intermediate_size=shape.feed_forward,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        max_position_embeddings=shape.context,
+        rms_norm_eps=shape.norm_epsilon,
+        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
+        tie_word_embeddings=shape.tied_embeddings,
+        attention_bias=biased,
+        mlp_bias=biased,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    llama = LlamaForCausalLM(config)
+    problems = llama.load_state_dict(_llama_state(model, biased), strict=False)
+    left = [key for key in problems.missing_keys if not (shape.tied_embeddings and key == "lm_head.weight")]
+    assert not left, left
+    assert not problems.unexpected_keys, problems.unexpected_keys
+    return llama.eval()
+
+
+def _llama_state(model: Decoder, biased: bool) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = {
+        "model.embed_tokens.weight": model.embedding.weight,
+        "model.norm.weight": model.norm.weight,
+    }
+    if not model.shape.tied_embeddings:
+        state["lm_head.weight"] = model.head.weight
+    blocks: Any = model.blocks
+    for number, block in enumerate(blocks):
+        prefix = f"model.layers.{number}"
+        state[f"{prefix}.input_layernorm.weight"] = block.attention_norm.weight
+        state[f"{prefix}.post_attention_layernorm.weight"] = block.feed_forward_norm.weight
+        for name, linear, rows in _projections(block, model.shape):
+            state[f"{prefix}.{name}.weight"] = linear.weight[rows].clone()
+            if biased:
+                bias = torch.zeros(linear.out_features) if linear.bias is None else linear.bias
+                state[f"{prefix}.{name}.bias"] = bias[rows].clone()
+    return {name: value.detach() for name, value in state.items()}
+
+
+def _projections(block: Any, shape: ModelShape) -> list[tuple[str, nn.Linear, slice]]:
+    """Return (name in Llama, our layer, its rows) of the seven projections of a block."""
+    query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    everything = slice(None)
+    return [
+        ("self_attn.q_proj", block.attention.qkv, slice(0, query)),
+        ("self_attn.k_proj", block.attention.qkv, slice(query, query + key)),
+        ("self_attn.v_proj", block.attention.qkv, slice(query + key, query + 2 * key)),
+        ("self_attn.o_proj", block.attention.out, everything),
+        ("mlp.gate_proj", block.feed_forward.gate_up, slice(0, shape.feed_forward)),
+        ("mlp.up_proj", block.feed_forward.gate_up, slice(shape.feed_forward, 2 * shape.feed_forward)),
+        ("mlp.down_proj", block.feed_forward.down, everything),
+    ]
+
+
+def _with_all_biases(network: Network) -> Any:
+    """Return the transformers model, its configuration saying that it has the biases it has."""
+    model: Any = network.model
+    linears = network.linears()
+    biased = [name for name, linear in linears.items() if linear.bias is not None]
+    if model.config.model_type != "llama" or not biased:
+        return model
+    for linear in linears.values():
+        if linear.bias is None:
+            linear.bias = nn.Parameter(torch.zeros(linear.out_features), requires_grad=False)
+    model.config.attention_bias = model.config.mlp_bias = True
+    return model

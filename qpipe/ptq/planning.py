@@ -1,0 +1,222 @@
+"""Depths for a whole network: the allocator's view of its layers.
+
+Costs and rates of all groups of all layers are put into one table, the allocator chooses, and the choice is handed back
+layer by layer. Rates hold everything a choice changes (codes, the scale that a group of 0 bits does not have); what is
+the same for every choice (offsets, depth indices, clusters, biases) is taken from the budget beforehand.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qpipe.compress.rotation import rotate
+from qpipe.errors import QpipeError
+from qpipe.ptq.allocation import (
+    Array,
+    allocate,
+    allocate_exactly,
+    partition_gain,
+    spread_evenly,
+)
+from qpipe.ptq.codebooks import MAX_DEPTH, distortion_table
+from qpipe.ptq.fitting import depth_costs
+from qpipe.ptq.groups import Layout, clustered_layout, plain_layout
+from qpipe.ptq.layer import SCALE_BITS, depth_bits, rotation_block
+from qpipe.ptq.methods import Method
+
+_DEPTHS = np.arange(MAX_DEPTH + 1)
+_EIGHTHS = np.arange(0, MAX_DEPTH + 0.0625, 0.125)
+"""Average depths of a layer that the per-layer allocator chooses from."""
+_IMPORTANCE_FLOOR = 0.01
+"""Share of the layer's mean sensitivity that every weight has at least: estimates from few samples touch 0."""
+
+
+@dataclass
+class LayerTask:
+    """One layer as planning and rounding see it.
+
+    Attributes
+    ----------
+    weight
+        Dense weight, rotated where the method rotates, (out, in), float32.
+    importance
+        Squared sensitivities, (out, in), or None for plain squared errors.
+    layout, rotation
+        Groups; block of the rotation (0: none).
+    adds_bias
+        Whether the method adds a bias that the model did not have.
+    """
+
+    weight: Tensor
+    importance: Tensor | None
+    layout: Layout
+    rotation: int
+    adds_bias: bool
+
+    def gathered_importance(self, weighted: bool) -> Tensor:
+        """Return the weight of each error by group: sensitivities, their mean in the group, or ones."""
+        if self.importance is None:
+            return torch.ones(self.layout.groups, self.layout.size, device=self.weight.device)
+        groups = self.layout.gather(self.importance)
+        groups = groups.clamp_min(_IMPORTANCE_FLOOR * float(groups.mean()))
+        return groups if weighted else groups.mean(dim=1, keepdim=True).expand_as(groups).contiguous()
+
+    def fixed_bits(self, method: Method) -> int:
+        """Bits that every choice of depths spends."""
+        several = 2 if method.allocation in ("uniform", "layer") else MAX_DEPTH + 1
+        bits = self.layout.groups * depth_bits(several) + self.layout.index_bits()
+        bits += self.layout.groups * SCALE_BITS if method.offset else 0
+        return bits + (len(self.weight) * SCALE_BITS if self.adds_bias else 0)
+
+
+@dataclass
+class Plan:
+    """Depths of all groups.
+
+    Attributes
+    ----------
+    depths
+        Per layer, shape (groups,), int64, on the weight's device.
+    predicted
+        Predicted error of the probed output per token, None where nothing was probed.
+    gap
+        See `Allocation.gap`; None for allocators that do not optimise.
+    gain
+        Partition gain in bits per weight, None without sensitivities.
+    """
+
+    depths: dict[str, Tensor]
+    predicted: float | None
+    gap: float | None
+    gain: float | None
+
+
+def make_task(weight: Tensor, importance: Tensor | None, method: Method, has_bias: bool) -> LayerTask:
+    """Cut a layer (out, in) into the method's groups."""
+    rotation = rotation_block(method.rotation, weight.shape[1])
+    if rotation:
+        weight = rotate(weight, rotation)
+    if method.clustered:
+        reference = torch.ones_like(weight) if importance is None else importance
+        layout = clustered_layout(weight, reference, method.rows, method.columns)
+    else:
+        layout = plain_layout(len(weight), weight.shape[1], method.rows, method.columns, weight.device)
+    return LayerTask(weight, importance, layout, rotation, method.bias_correction and not has_bias)
+
+
+class Planner:
+    """Chooses depths for one network at any budget; costs are measured once.
+
+    Parameters
+    ----------
+    tasks
+        Layers by name.
+    method
+        Decides costs and allocator.
+    coefficients
+        Per-layer coefficients of relative errors (linearity theorem), for allocation `layer`.
+    """
+
+    def __init__(self, tasks: dict[str, LayerTask], method: Method, coefficients: dict[str, float] | None) -> None:
+        self.tasks, self.method = tasks, method
+        self.weights = sum(task.weight.numel() for task in tasks.values())
+        self.sizes = np.concatenate([np.full(task.layout.groups, task.layout.size) for task in tasks.values()])
+        self.rates = self.sizes[:, None] * _DEPTHS + SCALE_BITS * (_DEPTHS > 0)
+        self.fixed = sum(task.fixed_bits(method) for task in tasks.values())
+        self.scores = self._scores()
+        self.costs = None if method.allocation == "uniform" else self._costs(coefficients)
+
+    def plan(self, bits: float, payload_only: bool) -> Plan:
+        """Choose depths for an average of `bits` per weight (error: fewer bits than the smallest choice takes)."""
+        rates = self.sizes[:, None] * _DEPTHS if payload_only else self.rates
+        budget = bits * self.weights - (0 if payload_only else self.fixed)
+        if budget < rates[:, 0].sum():
+            least = (self.fixed + float(self.rates[:, 0].sum())) / self.weights
+            raise QpipeError(
+                f"{bits:g} bits per weight asked for, but offsets, depths and biases alone take {least:.3f}; "
+                "ask for more bits or for larger groups (rows, columns)"
+            )
+        choice, gap = self._choose(rates.astype(np.float64), budget)
+        return Plan(self._by_layer(choice), self._predict(choice), gap, self._gain())
+
+    def _choose(self, rates: Array, budget: float) -> tuple[NDArray[np.int64], float | None]:
+        allocation = self.method.allocation
+        if self.costs is None:
+            return spread_evenly(rates, budget), None
+        if allocation == "layer":
+            return self._per_layer(rates, budget)
+        if allocation == "exact":
+            return allocate_exactly(self.costs, rates.astype(np.int64), int(budget)), 0.0
+        found = allocate(self.costs, rates, budget)
+        return found.choice, found.gap
+
+    def _per_layer(self, rates: Array, budget: float) -> tuple[NDArray[np.int64], float]:
+        """Choose each layer's average depth in eighths of a bit, then spread it over the layer's groups."""
+        assert self.costs is not None
+        parts = self._slices()
+        menu = [_interpolated(table[part].sum(axis=0)) for table in (self.costs, rates) for part in parts]
+        costs, totals = np.stack(menu[: len(parts)]), np.stack(menu[len(parts) :])
+        found = allocate(costs, totals, budget)
+        spent = totals[np.arange(len(parts)), found.choice]
+        # What eighths leave over goes to the layers in proportion, as far as their groups can use it.
+        spent = spent + (budget - spent.sum()) * spent / spent.sum()
+        return np.concatenate([spread_evenly(rates[p], float(s)) for p, s in zip(parts, spent, strict=True)]), found.gap
+
+    def _costs(self, coefficients: dict[str, float] | None) -> Array:
+        """Return what each depth of each group costs at the output, shape (groups, 9)."""
+        allocation = self.method.allocation
+        if allocation == "layer":
+            assert coefficients is not None
+            return np.concatenate([self._relative_costs(n, t, coefficients[n]) for n, t in self.tasks.items()])
+        if allocation in ("measured", "exact"):
+            return np.concatenate([self._measured_costs(task) for task in self.tasks.values()])
+        shape = 4.0**-_DEPTHS if allocation == "closed-form" else distortion_table(self.method.codebook)
+        return self.scores[:, None] * self.sizes[:, None] * shape
+
+    def _measured_costs(self, task: LayerTask) -> Array:
+        importance = task.gathered_importance(self.method.weighted_fit)
+        costs = depth_costs(task.layout.gather(task.weight), importance, self.method.codebook, self.method.offset)
+        return costs.double().cpu().numpy()
+
+    def _relative_costs(self, name: str, task: LayerTask, coefficient: float) -> Array:
+        costs = self._measured_costs(LayerTask(task.weight, None, task.layout, task.rotation, task.adds_bias))
+        # Noise can make a coefficient of a layer that hardly matters negative: it then matters not at all.
+        return costs * max(coefficient, 0.0) / float(task.weight.double().square().sum())
+
+    def _scores(self) -> Array:
+        """Return squared sensitivity x variance of each group; sensitivities count as 1 for allocation `variance`."""
+        scores = []
+        for task in self.tasks.values():
+            groups = task.layout.gather(task.weight)
+            center = groups.mean(dim=1, keepdim=True) if self.method.offset else 0.0
+            variance = (groups - center).square().mean(dim=1)
+            if task.importance is not None and self.method.allocation != "variance":
+                variance = variance * task.gathered_importance(weighted=False)[:, 0]
+            scores.append(variance.double().cpu().numpy())
+        return np.concatenate(scores)
+
+    def _predict(self, choice: NDArray[np.int64]) -> float | None:
+        if self.costs is None or not self.method.needs_sensitivities:
+            return None
+        return float(self.costs[np.arange(len(choice)), choice].sum())
+
+    def _gain(self) -> float | None:
+        return partition_gain(self.scores, self.sizes) if self.method.needs_sensitivities else None
+
+    def _slices(self) -> list[slice]:
+        stops = np.cumsum([task.layout.groups for task in self.tasks.values()]).tolist()
+        return [slice(start, stop) for start, stop in zip([0, *stops[:-1]], stops, strict=True)]
+
+    def _by_layer(self, choice: NDArray[np.int64]) -> dict[str, Tensor]:
+        return {
+            name: torch.from_numpy(choice[part]).to(task.weight.device)
+            for (name, task), part in zip(self.tasks.items(), self._slices(), strict=True)
+        }
+
+
+def _interpolated(values: Array) -> Array:
+    """Values at whole depths, shape (9,), linearly in between at eighths of a bit: a mix of two depths."""
+    return np.interp(_EIGHTHS, _DEPTHS, values)
