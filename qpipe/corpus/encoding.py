@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
 from qpipe.corpus.blocks import Block, document_hash, documents
 from qpipe.corpus.vocabulary import PIECE_CHARACTERS, Vocabulary, open_tokenizer, pieces
+from qpipe.corpus.words import WordEncoder
 
 
 @dataclass(frozen=True)
@@ -46,24 +46,22 @@ class Encoder:
     """Turns blocks into token ids."""
 
     def __init__(self, vocabulary: Vocabulary, dtype: np.dtype[Any]) -> None:
-        self.tokenizer: Tokenizer = open_tokenizer(vocabulary.json)
-        self.eos = vocabulary.eos
         self.dtype = dtype
+        self.end = np.array([vocabulary.eos], dtype).tobytes()
+        self.words = WordEncoder(open_tokenizer(vocabulary.json), dtype)
 
     def __call__(self, block: Block) -> EncodedBlock:
         """Encode the documents of a block."""
         texts = list(documents(block))
-        end = np.array([self.eos], self.dtype)
-        parts: list[NDArray[Any]] = []
+        parts: list[bytes] = []
         lengths = np.ones(len(texts), np.int64)  # the end token
         for batch in _batches(texts):
-            encoded = self.tokenizer.encode_batch_fast([piece for _, piece, _ in batch], add_special_tokens=False)
-            for (index, _, last), encoding in zip(batch, encoded, strict=True):
-                ids = np.array(encoding.ids, self.dtype)
-                lengths[index] += len(ids)
-                parts += [ids, end] if last else [ids]
+            encoded = self.words([piece for _, piece, _ in batch])
+            for (index, _, last), ids in zip(batch, encoded, strict=True):
+                lengths[index] += len(ids) // self.dtype.itemsize
+                parts += [ids, self.end] if last else [ids]
         return EncodedBlock(
-            tokens=np.concatenate([np.empty(0, self.dtype), *parts]),
+            tokens=np.frombuffer(b"".join(parts), self.dtype),
             lengths=lengths,
             text_bytes=np.array([len(text.encode()) for text in texts], np.int64),
             hashes=np.array([document_hash(text) for text in texts], np.uint64),
