@@ -165,13 +165,12 @@ def _fit_sections(sources: Sources, capacities: dict[str, Capacity], figures: _F
         for position, (path, subject, table) in enumerate(zip(sources.fits, subjects, tables, strict=True), start=1)
     ]
     if drawn:
+        foreign = [folder for folder, _ in drawn.values()]
         raise QpipeError(
-            [
-                f"{folder}: drawn from another fit than those given; run qpipe figures again"
-                for folder, _ in drawn.values()
-            ]
+            [f"{folder}: drawn from another fit than those given; run qpipe figures" for folder in foreign]
         )
-    return sections
+    # What people came for stands first.
+    return sorted(sections, key=lambda section: section["multipliers"] is None)
 
 
 def _tables_of(subjects: Sequence[Subject], tables: Sequence[Path]) -> list[Path | None]:

@@ -64,10 +64,11 @@ def _places(families: Iterable[str]) -> dict[str, int]:
 
 
 def _member(place: int, rank: int, count: int) -> Look:
-    turn = 22.0 * (place // len(_HUES))
     share = rank / (count - 1) if count > 1 else 0.4
-    hue = _HUES[place % len(_HUES)] + turn + 28.0 * (share - 0.5)
-    marker = MARKERS[(rank + place % 4) % len(MARKERS)]
+    # Beyond the chosen hues, steps of the golden angle never come back to one that is taken.
+    centre = _HUES[place] if place < len(_HUES) else 137.50776 * place
+    hue = centre + 28.0 * (share - 0.5)
+    marker = MARKERS[(rank + place) % len(MARKERS)]
     return Look(oklch(LIGHTEST - (LIGHTEST - DARKEST) * share, 0.15, hue), marker)
 
 

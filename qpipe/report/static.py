@@ -76,21 +76,28 @@ def draw(chart: Chart) -> Figure:
         return figure
 
 
-def render(chart: Chart, kind: Literal["svg", "png"]) -> bytes:
+Kind = Literal["svg", "png"]
+_METADATA: dict[Kind, dict[str, Any]] = {"svg": {"Date": None, "Creator": "qpipe"}, "png": {"Software": "qpipe"}}
+
+
+def render(chart: Chart, kind: Kind) -> bytes:
     """Return the chart as the bytes of a file."""
-    metadata = {"svg": {"Date": None, "Creator": "qpipe"}, "png": {"Software": "qpipe"}}[kind]
-    figure, buffer = draw(chart), io.BytesIO()
-    with mpl.rc_context(_SETTINGS):
-        figure.savefig(buffer, format=kind, dpi=_DPI, metadata=metadata)
-    return buffer.getvalue()
+    return _encode(draw(chart), kind)
 
 
 def save(chart: Chart, folder: Path) -> None:
     """Write `<name>.svg` and `<name>.png` into `folder`, atomically."""
-    kinds: tuple[Literal["svg", "png"], ...] = ("svg", "png")
-    for kind in kinds:
+    figure = draw(chart)
+    for kind in _METADATA:
         with replacing(folder / f"{chart.name}.{kind}") as temporary:
-            temporary.write_bytes(render(chart, kind))
+            temporary.write_bytes(_encode(figure, kind))
+
+
+def _encode(figure: Figure, kind: Kind) -> bytes:
+    buffer = io.BytesIO()
+    with mpl.rc_context(_SETTINGS):
+        figure.savefig(buffer, format=kind, dpi=_DPI, metadata=_METADATA[kind])
+    return buffer.getvalue()
 
 
 def _share_y(chart: Chart) -> bool:
