@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=int, default=4096, help="matrix width for scale overhead and rows (4096)")
     parser.add_argument("--samples", type=int, default=2**20, help="numbers drawn where the error is sampled (1048576)")
     parser.add_argument("--seed", type=int, default=0, help="seed of sampled errors (0)")
+    parser.add_argument("--figure", metavar="FILE", help="also draw effective bits against stored bits (png, svg, pdf)")
     parser.add_argument("--json", action="store_true", help="a JSON list instead of a table")
 
 
@@ -45,7 +46,9 @@ def run(args: argparse.Namespace) -> int:
     rows = [capacity(item, width=args.width, samples=args.samples, seed=args.seed) for item in chosen]
     if args.all:
         rows.sort(key=lambda row: -1.0 if row["effective_bits"] is None else row["effective_bits"])
-    print(json.dumps(rows, indent=2) if args.json else table(rows))
+    if args.figure:
+        draw(rows, args.figure)
+    print(json.dumps(rows, indent=2) if args.json else table(rows) + "\n\n" + basis(rows))
     return 0
 
 
@@ -68,6 +71,33 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(
         "  ".join(f"{text:<{width}}" for text, width in zip(line, widths, strict=True)).rstrip() for line in cells
     )
+
+
+def basis(rows: list[dict[str, Any]]) -> str:
+    """What the predictions in `rows` rest on, each curve once."""
+    lines = dict.fromkeys(line for row in rows for line in row["rho_basis"])
+    text = "rho is a prior, not a measurement: L tanh(F log_{1/4} GMSE)^C (2506.01863, eq. 3) per part."
+    return "\n".join([text, *(f"- {line}" for line in lines)])
+
+
+def draw(rows: list[dict[str, Any]], path: str) -> None:
+    """Effective bits against stored bits per weight, with the bound that no format can pass; writes `path`."""
+    from matplotlib.figure import Figure
+
+    shown = [row for row in rows if row["effective_bits"] is not None and not row["representation"].startswith("noise")]
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    axes = figure.subplots()
+    top = max((row["effective_bits"] for row in shown), default=1.0) + 0.5
+    axes.plot([0, top], [0, top], color="black", linewidth=1, label="rate-distortion bound, error 4^-b")
+    axes.scatter([row["bits_per_weight"] for row in shown], [row["effective_bits"] for row in shown], s=14)
+    for row in shown:
+        axes.annotate(row["representation"], (row["bits_per_weight"], row["effective_bits"]), fontsize=5, alpha=0.8)
+    axes.set(xlabel="stored bits per weight", ylabel="effective bits, log_{1/4} of the error on N(0, 1)")
+    axes.legend(loc="upper left")
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:
+        raise QpipeError(f"cannot draw to '{path}': {error}; give a writable .png, .svg or .pdf file") from None
 
 
 def _error(row: dict[str, Any], field: str) -> str:

@@ -58,8 +58,8 @@ def closed_form(part: TensorFormat, width: int) -> float | None:
     """
     grid, mask = part.parsed_grid, part.mask
     if grid is None:
-        return sparsity_error(mask.share) if mask is not None and mask.n is None and part.power == 1 else None
-    if mask is not None or part.power != 1:
+        return sparsity_error(mask.share) if mask is not None and mask.n is None else None
+    if mask is not None:
         return None
     if grid.family == "noise":
         return 4.0**-grid.bits
