@@ -102,7 +102,7 @@ def test_new_representation_trains_its_runs_alone(finished):
 
 
 def test_new_seed_and_new_size_train_their_runs_alone(finished):
-    assert planned(finished[0], STUDY + "\nseeds: [0, 1]\n")["train"] == 4 * 2 - 4
+    assert planned(finished[0], STUDY + "\nseeds: [0, 1]\n")["train"] == 8
     assert planned(finished[0], STUDY.replace("[10k, 30k]", "[10k, 30k, 100k]"))["train"] == 4
 
 
