@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -189,7 +190,14 @@ class CompressedLinear(nn.Module):
             if self.activation_scale is not None and self._activations is not None:
                 groups = grouped(rotate(x.float(), self.block), self._activations.part.group)
                 self.activation_scale.copy_(starting_scale(groups, self._activations))
+        self._agree_on_scales()
         self.scales_ready = True
+
+    def _agree_on_scales(self) -> None:
+        """Average the activation scale over processes, which have each seen another first batch."""
+        if self.activation_scale is not None and dist.is_available() and dist.is_initialized():
+            dist.all_reduce(self.activation_scale.data)
+            self.activation_scale.data /= dist.get_world_size()
 
     def extra_repr(self) -> str:
         """Shown by `print(module)`."""
@@ -213,8 +221,10 @@ def _scale_parameter(shape: Sequence[int] | None, device: torch.device | str | N
     return parameter
 
 
-def _mark_scales_ready(module: nn.Module, _: Any) -> None:
-    module.scales_ready = True  # type: ignore[assignment]
+def _mark_scales_ready(module: nn.Module, incompatible: Any) -> None:
+    """Scales that came with a checkpoint are not started again; a dense checkpoint has none."""
+    if not any(key.endswith(("weight_scale", "activation_scale")) for key in incompatible.missing_keys):
+        module.scales_ready = True  # type: ignore[assignment]
 
 
 def make_linear(

@@ -1,0 +1,90 @@
+"""Pack a trained run to the bits its representation needs: codes, scales, masks, in one safetensors file.
+
+Embedding, head and norms are stored as trained. The file is read back at once and its weights compared with the run's;
+with --tokens the validation loss is computed again from the packed file and compared with the record.
+
+example:
+  qpipe export results/demo/runs/100k-d20x-w4-s0-1f3a9c2e/ packed.safetensors --tokens results/demo/tokens/
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qpipe.model import Decoder
+    from qpipe.record import Record
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's options."""
+    parser.add_argument("out", type=Path, metavar="OUT", help="output folder of qpipe train")
+    parser.add_argument("file", type=Path, metavar="FILE", help="packed file to write (.safetensors)")
+    parser.add_argument("--tokens", type=Path, help="token store, to compute the validation loss from the packed file")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Pack, read back, compare; exit code 1 when the loss is not reproduced."""
+    from qpipe.compress.model_file import save_packed
+    from qpipe.train.evaluate import load_model
+
+    model, record = load_model(args.out)
+    size = save_packed(model, args.file, {"run": record.id, "representation": record.run.format_spec.name})
+    result: dict[str, Any] = {
+        "id": record.id,
+        "file": str(args.file),
+        "bytes": args.file.stat().st_size,
+        "bits_per_weight": size.stored_bits / size.weights,
+        "computed_bits_per_weight": size.computed_bits / size.weights,
+    }
+    if args.tokens is not None:
+        result |= _losses(packed_decoder(args.file, record), record, args.tokens)
+    print(json.dumps(result, indent=1) if args.json else _text(result))
+    return 0 if result.get("reproduced", True) else 1
+
+
+def packed_decoder(file: Path, record: "Record") -> "Decoder":
+    """Rebuild a run's model from its packed file: dequantized weights, activations compressed as in the run."""
+    from qpipe.compress.model_file import read_packed
+    from qpipe.model import Decoder
+
+    spec = record.run.format_spec
+    rotation = spec.rotation if spec.activations else 0
+    model = Decoder(record.run.shape, spec.model_copy(update={"weights": None, "rotation": rotation}))
+    model.load_state_dict(read_packed(file).state)
+    model.set_progress(1.0)
+    return model
+
+
+def _losses(model: "Decoder", record: "Record", tokens: Path) -> dict[str, Any]:
+    """Validation loss of the reloaded model beside the recorded one."""
+    from qpipe.train.evaluate import TOLERANCE
+    from qpipe.train.store import open_store
+    from qpipe.train.validation import Validation, sequences_at_once
+
+    run = record.run
+    store = open_store(run, tokens)
+    batch = sequences_at_once(run.shape, run.training.batch_sequences)
+    validation = Validation(store.validation, run.shape.context, batch, run.training.precision, run.seed)
+    found = validation.loss(model, validation.windows)
+    weights = run.format_spec.weights
+    # Kept weights without a grid are stored as bfloat16, whatever precision the run multiplied in.
+    tolerance = TOLERANCE["bf16" if weights is None or weights.grid is None else run.training.precision]
+    reproduced = record.loss is not None and abs(found - record.loss) <= tolerance
+    return {"recorded": record.loss, "found": found, "reproduced": reproduced}
+
+
+def _text(result: dict[str, Any]) -> str:
+    lines = [
+        f"{result['id']}: {result['file']}, {result['bytes']:,} bytes",
+        f"  compressed layers: {result['bits_per_weight']:.4f} bits/weight stored, "
+        f"{result['computed_bits_per_weight']:.4f} computed",
+    ]
+    if "found" in result:
+        verdict = "reproduced" if result["reproduced"] else "NOT reproduced"
+        lines.append(
+            f"  validation loss {result['found']!r} from the packed file, {result['recorded']!r} recorded: {verdict}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,107 @@
+"""Representations in training: they learn, they leave what export can pack, devices and compilers agree."""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from training_cases import make_store, markov_tokens, small_run, small_shape
+
+from qpipe.cli import export
+from qpipe.compress import make_linear
+from qpipe.formats import catalogue_names, resolve
+from qpipe.model import Decoder
+from qpipe.train.pretrain import train_run
+
+QUICK = ["w1a1", "w1.58", "w4e2m1", "2:4", "s75-rbbm", "s50-gradual", "w3a8-lsq", "w2-seq", "mxfp4", "vq2x16", "noise2"]
+MASKED = ["s50", "s50-dense-gradient", "s50-rms", "s50-area", "2:4-gradual", "2:4+w4a4", "s50+w4", "s50-rbbm+w3-lsq"]
+COMPILED = ["w4a4", "w1.58", "w4e2m1a4e2m1", "2:4+w4a4", "s50-rbbm", "w3a8-lsq", "mxfp4", "vq2x256"]
+
+
+def losses_of_training(name: str, steps: int, width: int) -> list[float]:
+    """Losses of a small decoder on a Markov chain whose entropy, ln 4, is far below the uniform ln 64."""
+    torch.manual_seed(0)
+    shape = small_shape(width=width, heads=2, kv_heads=2, feed_forward=width)
+    model = Decoder(shape, resolve(name))
+    model.initialize(0)
+    tokens = torch.from_numpy(markov_tokens(steps * 8 * 17).astype("int64")).view(steps, 8, 17)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.0)
+    losses = []
+    for step, batch in enumerate(tokens):
+        model.set_progress(step / steps)
+        loss = model.loss(batch[:, :-1], batch[:, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_training_learns(name: str):
+    losses = losses_of_training(name, steps=60, width=32)
+    assert all(map(math.isfinite, losses))
+    assert sum(losses[-5:]) / 5 < losses[0] - 0.7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted({*catalogue_names(), *MASKED}))
+def test_every_preset_learns(name: str):
+    losses = losses_of_training(name, steps=60, width=128)
+    assert all(map(math.isfinite, losses))
+    assert sum(losses[-5:]) / 5 < losses[0] - 0.7
+
+
+@pytest.mark.parametrize("name", ["w4a4", "2:4", "w2-seq"])
+def test_exported_runs_reproduce_their_loss_from_packed_bits(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    store = make_store(tmp_path / "tokens")
+    run = small_run(name, steps=10)
+    (tmp_path / "out").mkdir()
+    run.write(tmp_path / "out" / "run.yaml")
+    train_run(tmp_path / "out" / "run.yaml", store.path, tmp_path / "out")
+    capsys.readouterr()
+    parser = argparse.ArgumentParser()
+    export.add_arguments(parser)
+    arguments = [str(tmp_path / "out"), str(tmp_path / "packed.safetensors"), "--tokens", str(store.path), "--json"]
+    assert export.run(parser.parse_args(arguments)) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["reproduced"]
+    assert result["bits_per_weight"] == pytest.approx(result["computed_bits_per_weight"], rel=0.01)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cpu_and_gpu_agree():
+    for name in catalogue_names():
+        torch.manual_seed(0)
+        layer = make_linear(256, 128, resolve(name)).eval()
+        if name.startswith("noise") or isinstance(layer, torch.nn.Linear):
+            continue
+        layer(torch.randn(4, 256))
+        on_cpu = layer.compressed_weight()
+        on_gpu = layer.cuda().compressed_weight().cpu()
+        # Sums in another order may carry a number over the border of its cell, never further.
+        assert ((on_cpu - on_gpu).abs() > 1e-5 * on_cpu.abs().max()).float().mean() < 1e-3, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_training_step_equals_the_eager_one(name: str):
+    torch.manual_seed(0)
+    layer = make_linear(128, 64, resolve(name))
+    x = torch.randn(32, 128)
+    layer(x)
+    expected = layer(x)
+    expected.square().sum().backward()
+    gradients = {n: p.grad for n, p in layer.named_parameters()}
+    layer.zero_grad()
+    result = torch.compile(layer)(x)
+    result.square().sum().backward()
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
+    for parameter_name, parameter in layer.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[parameter_name], rtol=1e-3, atol=1e-3)
