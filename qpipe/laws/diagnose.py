@@ -4,33 +4,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qpipe.laws.parameters import Array
-from qpipe.laws.solve import Objective
-
 if TYPE_CHECKING:
-    from qpipe.laws.fit import Fitted
+    from qpipe.laws.search import Fitted
 
 SAME = 1e-6
+"""Relative difference of objectives below which two searches count as having found the same optimum."""
 RAY_CORRELATION = 0.995
 """Correlation of log N with log D above which the runs lie on one ray of tokens per parameter."""
-
-
-def noise_scale(residual: Array, objective: Objective, parameters: int) -> float:
-    """Return E[rho'^2] / E[rho''], which turns differences of the objective into log likelihoods (times -1).
-
-    For least squares it is the residual variance. For Huber's function the curvature at zero is estimated with a
-    window as wide as the residuals, because few residuals lie inside a threshold of 1e-3.
-    """
-    size = residual.size
-    spread = np.median(np.abs(residual)) / 0.6745
-    threshold = objective.threshold
-    freedom = size / max(size - parameters, 1)
-    if not np.isfinite(threshold) or spread == 0:
-        return float(np.mean(residual**2) * freedom)
-    window = max(threshold, 0.5 * spread)
-    inside = max(np.mean(np.abs(residual) <= window), 1 / size)
-    curvature = min(1.0, inside * threshold / window) if window > threshold else inside
-    return float(np.mean(objective.influence(residual) ** 2) / curvature * freedom)
 
 
 def at_bound(fitted: "Fitted") -> list[str]:
@@ -60,7 +40,7 @@ def condition_number(fitted: "Fitted") -> float:
     return float(np.linalg.cond((scaled / norms[:, None]).T) ** 2)
 
 
-def status(fitted: "Fitted", draws: Array | None) -> dict[str, Any]:
+def status(fitted: "Fitted", profiles: dict[str, Any]) -> dict[str, Any]:
     """Return the contract's status: converged, at_bound, identified, agreeing_starts, message, and the evidence."""
     polished = fitted.polished
     agreeing = int((polished.value <= fitted.value * (1 + SAME) + 1e-300).sum())
@@ -69,18 +49,19 @@ def status(fitted: "Fitted", draws: Array | None) -> dict[str, Any]:
     bounds = at_bound(fitted)
     condition = condition_number(fitted)
     ray = _one_ray(fitted)
-    weak = _weak(fitted, draws)
+    grades = {name: entry["grade"] for name, entry in profiles.items() if name in ("alpha", "beta", "E")}
+    weak = [name for name, grade in grades.items() if grade != "identified" and name not in bounds]
     converged = bool(polished.converged[winner]) and agreeing >= 2
     problems = _messages(converged, agreeing, polished.value.size, bounds, condition, ray, weak)
     return {
         "converged": converged,
         "at_bound": bounds,
-        "identified": not (bounds or ray or weak or condition > 1e6),
+        "identified": not (bounds or ray or weak or condition > 1e8),
         "agreeing_starts": agreeing,
         "starts": int(polished.value.size),
         "runner_up": float(others.min() / fitted.value - 1) if others.size and fitted.value > 0 else None,
         "condition": condition,
-        "weak": weak,
+        "grades": grades,
         "message": "; ".join(problems) or "converged, all parameters identified",
     }
 
@@ -93,22 +74,6 @@ def _one_ray(fitted: "Fitted") -> bool:
         return not {"alpha", "beta"} <= held
     correlation = np.corrcoef(design.log_n, design.log_d)[0, 1]
     return bool(correlation > RAY_CORRELATION and not {"alpha", "beta", "E"} & held)
-
-
-def _weak(fitted: "Fitted", draws: Array | None) -> list[str]:
-    """Return base exponents and E whose bootstrap interval is too wide to mean anything."""
-    if draws is None:
-        return []
-    low, high = np.quantile(fitted.natural(draws), [0.05, 0.95], axis=0)
-    weak = []
-    for name in ("alpha", "beta", "E"):
-        i = fitted.model.index[name]
-        if fitted.model.parameters[i].fixed is None:
-            scale = fitted.problem.loss.min() if name == "E" else high[i]
-            limit = 0.5 if name == "E" else 0.75
-            if (high[i] - low[i]) / max(scale, 1e-300) > limit:
-                weak.append(name)
-    return weak
 
 
 def _messages(
@@ -125,8 +90,8 @@ def _messages(
             "data term and E: vary D/N"
         )
     if weak:
-        problems.append(f"{', '.join(weak)} not identified: the interval spans most of the possible range")
-    if condition > 1e6:
+        problems.append(f"{', '.join(weak)} weakly or not identified: see the profile")
+    if condition > 1e8:
         problems.append(
             f"ill-conditioned (condition number {condition:.0e}): trust multipliers and predictions inside "
             "the fitted range, not bare exponents"

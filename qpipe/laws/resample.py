@@ -11,10 +11,20 @@ import pandas as pd
 from qpipe.laws.parameters import Array
 
 
-def case_weights(table: pd.DataFrame, resamples: int, seed: int) -> Array:
-    """Return how often each row is drawn, shape (resamples, R); stratified by representation, by trajectory if given.
+def row_weights(table: pd.DataFrame, resamples: int, seed: int, smooth: bool) -> Array:
+    """Return weights of rows, shape (resamples, R); stratified by representation, by trajectory if given.
 
-    A stratum of one unit always keeps it: its representation's multiplier varies only through the shared parameters.
+    Parameters
+    ----------
+    table
+        Rows with `representation` and perhaps `trajectory`.
+    resamples, seed
+        How many, and the seed of numpy's generator.
+    smooth
+        Draw weights from a flat Dirichlet distribution (the Bayesian bootstrap, Rubin 1981) instead of counting cases
+        drawn with replacement. Huber's objective with a small threshold behaves like a median, whose plain bootstrap
+        is known to spread too far in small samples; smooth weights do not. A stratum of one unit always keeps it: its
+        multiplier varies only through the shared parameters.
     """
     generator = np.random.default_rng(seed)
     unit = _units(table)
@@ -23,8 +33,11 @@ def case_weights(table: pd.DataFrame, resamples: int, seed: int) -> Array:
     for stratum in dict.fromkeys(strata):
         rows = np.flatnonzero(strata == stratum)
         names, inverse = np.unique(unit[rows], return_inverse=True)
-        counts = generator.multinomial(names.size, np.full(names.size, 1 / names.size), size=resamples)
-        weights[:, rows] = counts[:, inverse]
+        if smooth:
+            drawn = generator.dirichlet(np.ones(names.size), size=resamples) * names.size
+        else:
+            drawn = generator.multinomial(names.size, np.full(names.size, 1 / names.size), size=resamples).astype(float)
+        weights[:, rows] = drawn[:, inverse]
     return weights
 
 

@@ -27,6 +27,9 @@ BLOCK_CELLS = 1 << 16
 STATE_CELLS = 1 << 24
 """Numbers of normal equations held at a time: bounds the memory of a batch at a few hundred megabytes."""
 
+CREEP, PATIENCE = 1e-8, 6
+"""A search also ends when that many accepted steps in a row each lower the objective by less than this share."""
+
 ObjectiveName = Literal["log-huber", "log-l2", "huber", "l2"]
 
 
@@ -144,6 +147,7 @@ class _Searches:
             np.ones(count),
         )
         self.settled = np.zeros(count, dtype=bool)
+        self.quiet = np.zeros(count, dtype=np.int64)
         self.converged = np.zeros(count, dtype=bool)
 
     def evaluate(self, rows: np.ndarray, theta: Array) -> tuple[Array, Array, Array, Array, Array]:
@@ -216,6 +220,9 @@ class _Searches:
             trial = np.clip(self.state.theta[rows] + step, self.problem.model.lower, self.problem.model.upper)
             found = self.evaluate(rows, trial)
             better = found[0] < self.state.value[rows]
+            gain = np.where(better, self.state.value[rows] - found[0], 0.0)
+            creeping = better & (gain <= max(CREEP, tolerance) * self.state.value[rows])
+            self.quiet[rows] = np.where(creeping, self.quiet[rows] + 1, np.where(better, 0, self.quiet[rows]))
             self._store(rows[better], trial[better], *(array[better] for array in found))
             self._adapt(rows, better, small)
 
@@ -223,7 +230,7 @@ class _Searches:
         state = self.state
         state.damping[rows] = np.where(better, np.maximum(state.damping[rows] * 0.2, 1e-12), state.damping[rows] * 8.0)
         state.tail[rows] = np.where(better, np.maximum(state.tail[rows] * 0.5, 0.02), 1.0)
-        done = small & (better | (state.damping[rows] > 1e-2))
+        done = (small & (better | (state.damping[rows] > 1e-2))) | (self.quiet[rows] >= PATIENCE)
         stuck = state.damping[rows] > 1e12
         self.converged[rows] |= done
         self.settled[rows] |= done | stuck
