@@ -40,7 +40,7 @@ def made(eff: dict[str, float], message: str = "") -> Fit:
     """A fit that states the true law for any names, without fitting; `message` makes it an unsettled one."""
     rows = losses(eff)
     exact = true_loss(rows["n"], rows["d"], rows["representation"].map(eff))
-    rows = rows.assign(fitted=exact, log_residual=np.log(rows["loss"] / exact))
+    rows = rows.assign(fitted=exact, log_residual=np.log(exact / rows["loss"]))
     entries = {
         r: {"eff": v, "low": 0.9 * v, "high": 1.1 * v, "n_runs": 12, "standard_error": 0.05} for r, v in eff.items()
     }

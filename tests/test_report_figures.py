@@ -17,13 +17,15 @@ import report_cases
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 from report_cases import EFF, LAW, made, true_loss
+from scipy.stats import chi2
 
 from qpipe.cli import main
-from qpipe.report.chart import Bars, Line, Panel, Points
+from qpipe.report.chart import Bars, Line, Panel, Points, Rule
 from qpipe.report.figures import charts, write_figures
 from qpipe.report.interactive import specification
 from qpipe.report.law_figures import budgets, collapse, loss_vs_n, residuals
 from qpipe.report.multiplier_figures import eff_vs_bits, multiplier_bars
+from qpipe.report.profile_figure import profiles
 from qpipe.report.static import draw, render
 from qpipe.report.subject import Capacity, Multiplier, Subject
 
@@ -76,6 +78,27 @@ def test_residuals_are_percent_of_log_loss():
     assert points(chart.panels[2], "w4").x == pytest.approx([CAPACITIES["w4"].gmse] * len(rows))
     # Dense has no GMSE: it is in the other panels and not in this one.
     assert not [mark for mark in chart.panels[2].marks if isinstance(mark, Points) and mark.name == "dense"]
+
+
+def test_residuals_of_a_real_fit_are_positive_where_runs_are_worse_than_the_law():
+    fit = report_cases.fitted(bootstrap=0)
+    case = Subject(fit, {})
+    shown = points(residuals(case).panels[0], "w2")
+    rows = case.rows[case.rows["representation"] == "w2"]
+    predicted = fit.predict(rows["n"], rows["d"], "w2")
+    assert shown.y == pytest.approx(100 * np.log(rows["loss"] / predicted), abs=1e-4)
+
+
+def test_profiles_end_where_chi_square_says():
+    fit = report_cases.fitted(bootstrap=0, profiles=["eff[w4]"], level=0.9)
+    chart = profiles(Subject(fit, {}))
+    assert [panel.title.split(":")[0] for panel in chart.panels] == ["alpha", "beta", "E", "eff[w4]"]
+    for panel in chart.panels:
+        (level,) = [mark.at for mark in panel.marks if isinstance(mark, Rule) and mark.axis == "y"]
+        assert level == pytest.approx(chi2.ppf(0.9, 1))
+        (curve,) = [mark for mark in panel.marks if isinstance(mark, Line)]
+        for end in (mark.at for mark in panel.marks if isinstance(mark, Rule) and mark.axis == "x"):
+            assert np.interp(end, curve.x, curve.y) == pytest.approx(level, rel=0.1)
 
 
 def test_bars_are_ranked_and_carry_intervals():
@@ -142,7 +165,7 @@ def test_budgets_of_fixed_token_counts_and_of_scattered_runs():
 def test_figures_that_cannot_be_drawn_are_named_with_the_reason():
     drawn, omitted = charts(subject(capacities={}))
     assert {chart.name for chart in drawn} == {"multipliers", "loss-vs-n", "collapse", "residuals"}
-    assert set(omitted) == {"eff-vs-bits", "rho-vs-eff"}
+    assert set(omitted) == {"eff-vs-bits", "rho-vs-eff", "profiles"}
     dense_only = replace(made({"dense": 1.0}), law="chinchilla", multipliers={})
     drawn, omitted = charts(subject(dense_only, {}))
     assert {chart.name for chart in drawn} == {"loss-vs-n", "residuals"}
@@ -211,13 +234,13 @@ def test_a_fit_from_real_search_is_drawn_from_its_file(tmp_path, capsys):
     assert main(["figures", str(tmp_path / "fit.json"), "--capacity", str(capacity), "--out", str(out)]) == 0
     content = json.loads((out / "figures.json").read_text())
     names = [figure["layout"]["meta"]["name"] for figure in content["figures"]]
-    assert names == ["multipliers", "loss-vs-n", "eff-vs-bits", "rho-vs-eff", "collapse", "residuals"]
+    assert names == ["multipliers", "loss-vs-n", "eff-vs-bits", "rho-vs-eff", "collapse", "residuals", "profiles"]
     assert content["omitted"] == {}
     assert content["fit_digest"] == hashlib.sha256((tmp_path / "fit.json").read_bytes()).hexdigest()
     assert sorted(path.name for path in out.iterdir()) == sorted(
         [f"{name}.{kind}" for name in names for kind in ("svg", "png")] + ["figures.json"]
     )
-    assert "6 figures" in capsys.readouterr().out
+    assert "7 figures" in capsys.readouterr().out
 
 
 def test_bytes_are_equal_in_another_process(tmp_path):

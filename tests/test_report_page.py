@@ -307,6 +307,25 @@ def test_verdict_without_resamples_claims_no_certainty():
     assert any("nothing is known of how sure" in text for text in verdict(Subject(fit, {})).sentences)
 
 
+def test_verdict_names_representations_whose_eff_drifts():
+    fit = made(EFF)
+    entry = {"representation": "w2", "axis": "n", "slope": -0.16, "standard_error": 0.03, "p": 1e-6, "p_adjusted": 1e-4}
+    fit.checks = {"trends": [entry, entry | {"representation": "w4", "p_adjusted": 0.3}]}
+    text = " ".join(verdict(Subject(fit, {})).sentences)
+    assert "w2 with size (log-log slope -0.16)" in text
+    assert "w4 with" not in text
+
+
+def test_checks_of_the_fit_are_in_the_page(page, study):
+    checks = json.loads(study.fits[0].read_text())["checks"]
+    shown = page.tables["checks"]
+    for entry in checks["trends"]:
+        assert [f"{entry['slope']:+.3f}".replace("-", "−")] == [
+            row[2] for row in shown if row[:2] == [entry["representation"], entry["axis"]]
+        ]
+    assert all(any(row[:2] == [e["law"], e["held_out"]] for row in shown) for e in checks["hold_outs"])
+
+
 # What is refused.
 
 

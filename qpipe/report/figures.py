@@ -15,6 +15,7 @@ from qpipe.report.inputs import file_digest, read_capacities
 from qpipe.report.interactive import specification
 from qpipe.report.law_figures import collapse, loss_vs_n, no_collapse, residuals
 from qpipe.report.multiplier_figures import eff_vs_bits, multiplier_bars, rho_vs_eff
+from qpipe.report.profile_figure import profiles
 from qpipe.report.static import save
 from qpipe.report.subject import Subject
 
@@ -29,6 +30,7 @@ def charts(subject: Subject) -> tuple[list[Chart], dict[str, str]]:
         ("rho-vs-eff", rho_vs_eff, _unknown(subject, "rho", "no predicted capacity known")),
         ("collapse", collapse, no_collapse(subject)),
         ("residuals", residuals, ""),
+        ("profiles", profiles, "" if subject.fit.checks.get("profiles") else "no parameter was profiled"),
     ]
     drawn = [draw(subject) for _, draw, lacking in choices if not lacking]
     return drawn, {name: lacking for name, _, lacking in choices if lacking}

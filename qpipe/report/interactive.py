@@ -55,8 +55,8 @@ def _layout(chart: Chart) -> Json:
     return {
         "shapes": [],
         "annotations": [],
-        "height": round(96 * (chart.height + 0.3)),
-        "margin": {"l": 62, "r": 16, "t": 28, "b": 50},
+        "height": round(96 * (chart.height + 0.45)),
+        "margin": {"l": 62, "r": 16, "t": 44, "b": 50},
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
         "font": {"family": "system-ui, sans-serif", "size": 12, "color": INK},

@@ -124,7 +124,7 @@ def hovers(rows: pd.DataFrame) -> tuple[str, ...]:
     """Return what the page shows when the pointer rests on a run."""
     return tuple(
         f"{row['representation']}\nN {row['n']:,.0f} · D {row['d']:,.0f}\nloss {row['loss']:.4f} nats/token"
-        f" · law off by {100 * row['log_residual']:+.2f} %"
+        f" · {100 * row['deviation']:+.2f} % from the law"
         for row in rows.to_dict("records")
     )
 
@@ -182,7 +182,7 @@ def residuals(subject: Subject) -> Chart:
     if gmse.notna().sum() > 1:
         rows, columns = rows.assign(gmse=gmse), columns | {"gmse": "GMSE of the representation"}
     rms = 100 * fit.rms_log_residual
-    worst = float(100 * rows["log_residual"].abs().max())
+    worst = float(100 * rows["deviation"].abs().max())
     y = numeric_axis("measured − fitted (% of loss)", [-worst, worst], pad=0.08)
     panels = []
     for column, title in columns.items():
@@ -210,6 +210,6 @@ def _residual_marks(
     for name in subject.legend:
         mine = rows[rows["representation"] == name]
         if len(mine):
-            values = floats(100 * mine["log_residual"])
+            values = floats(100 * mine["deviation"])
             marks.append(Points(name, floats(mine[column]), values, subject.looks[name], hovers(mine)))
     return tuple(marks)

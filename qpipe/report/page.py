@@ -25,6 +25,7 @@ from qpipe.errors import QpipeError
 from qpipe.files import write_text
 from qpipe.laws import Fit, read_losses
 from qpipe.report.axes import format_number
+from qpipe.report.check_tables import check_tables
 from qpipe.report.inputs import file_digest, inside, read_capacities, read_json
 from qpipe.report.interactive import specification
 from qpipe.report.palette import INK
@@ -56,7 +57,7 @@ class Sources:
     study: Path | None = None
     plan: Path | None = None
     tables: Sequence[Path] = ()
-    """multipliers.parquet of each fit that has multipliers, in the fits' order, or none at all."""
+    """multipliers.parquet in the fits' order: of each fit, or of each that has multipliers, or none at all."""
     figures: Sequence[Path] = ()
     """figures.json of each fit, in any order."""
     losses: Sequence[Path] = ()
@@ -178,10 +179,12 @@ def _tables_of(subjects: Sequence[Subject], tables: Sequence[Path]) -> list[Path
     having = [subject for subject in subjects if subject.multipliers]
     if not tables:
         return [None] * len(subjects)
+    if len(tables) == len(subjects):
+        return [table if subject.multipliers else None for subject, table in zip(subjects, tables, strict=True)]
     if len(tables) != len(having):
         raise QpipeError(
             f"{len(having)} of the fits have multipliers and {len(tables)} tables are given; "
-            "give one --table per such --fit, in the same order"
+            "give one --table per such --fit, or per --fit, in the same order"
         )
     order = iter(tables)
     return [next(order) if subject.multipliers else None for subject in subjects]
@@ -209,6 +212,7 @@ def _fit_section(
         "source": subject.fit.source,
         "verdict": verdict(subject),
         "parameters": parameter_table(subject.fit),
+        "checks": check_tables(subject.fit),
         "multipliers": None,
         "notes": [],
         "figures": [],

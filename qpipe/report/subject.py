@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from qpipe.laws import Fit
@@ -58,7 +59,7 @@ class Subject:
 
     def __init__(self, fit: Fit, capacities: Mapping[str, Capacity]) -> None:
         self.fit = fit
-        self.rows: pd.DataFrame = fit.table()
+        self.rows: pd.DataFrame = _with_residuals(fit.table())
         self.multipliers = {name: _multiplier(entry) for name, entry in fit.multipliers.items()}
         self.capacities = {**_row_capacities(self.rows), **capacities}
         self.looks: dict[str, Look] = looks({*self.rows["representation"], *self.multipliers})
@@ -117,6 +118,11 @@ def interval_words(interval: Mapping[str, Any]) -> str:
     if not interval.get("resamples"):
         return "no intervals"
     return f"{100 * float(interval['level']):.4g} % intervals from {interval['resamples']} resamples"
+
+
+def _with_residuals(rows: pd.DataFrame) -> pd.DataFrame:
+    """Add `deviation` = log loss - log fitted loss: positive where a run is worse than the law says."""
+    return rows.assign(deviation=np.log(rows["loss"].to_numpy(float) / rows["fitted"].to_numpy(float)))
 
 
 def _multiplier(entry: Mapping[str, Any]) -> Multiplier:

@@ -71,7 +71,7 @@ def number_cell(value: Any, form: str = "") -> Cell:
         return Cell(f"{number:,.0f}", number)
     if form == "time":
         return Cell(duration(number), number)
-    return Cell(format(number, form or ".4g").replace("-", "−"), number)
+    return Cell(format(number, form or ".4g").rstrip(".").replace("-", "−"), number)
 
 
 def duration(seconds: float) -> str:
@@ -89,11 +89,11 @@ def duration(seconds: float) -> str:
 
 
 _MULTIPLIER_COLUMNS = {
-    "bits_per_weight": ("bits/weight", ".3g"),
-    "iso_memory": ("iso-memory", ".3g"),
-    "iso_compute": ("iso-compute", ".3g"),
+    "bits_per_weight": ("bits/weight", "#.3g"),
+    "iso_memory": ("iso-memory", "#.3g"),
+    "iso_compute": ("iso-compute", "#.3g"),
     "equivalent_n": ("equivalent dense N", "count"),
-    "rho": ("predicted rho", ".3g"),
+    "rho": ("predicted rho", "#.3g"),
     "rho_deviation": ("(eff − rho)/s.e.", ".2g"),
     "n_runs": ("runs", ".0f"),
 }

@@ -13,6 +13,9 @@ from qpipe.report.subject import Multiplier, Subject
 _WIDE = 1.5
 """An interval whose ends differ by more than this factor is called wide."""
 
+_DRIFT = 0.01
+"""Drifts of eff are named when their p, adjusted for the number of tests, is below this."""
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -26,7 +29,12 @@ class Verdict:
 def verdict(subject: Subject) -> Verdict:
     """Return the verdict on a fit."""
     status, law = subject.fit.status, subject.fit.law
-    details = (*_reasons(subject), *_intervals(subject), f"The fit's own words: {status['message']}.")
+    details = (
+        *_reasons(subject),
+        *_intervals(subject),
+        *_drifts(subject),
+        f"The fit's own words: {status['message']}.",
+    )
     if not status["converged"]:
         return Verdict("failed", f"The {law} fit did not converge: do not use its numbers", details)
     if not status["identified"]:
@@ -66,6 +74,17 @@ def _intervals(subject: Subject) -> list[str]:
         return [f"No {level} interval of a multiplier is wider than a factor of {_WIDE:g}."]
     listed = ", ".join(wide[:6]) + (f" and {len(wide) - 6} more" if len(wide) > 6 else "")
     return [f"Wide {level} intervals, known no better than to a factor of {_WIDE:g}: {listed}."]
+
+
+def _drifts(subject: Subject) -> list[str]:
+    """Name representations whose eff changes with N or D, which the law takes to be constant."""
+    words = {"n": "size", "d": "tokens"}
+    found = [
+        f"{entry['representation']} with {words[entry['axis']]} (log-log slope {entry['slope']:+.2g})"
+        for entry in subject.fit.checks.get("trends") or []
+        if entry.get("p_adjusted") is not None and entry["p_adjusted"] < _DRIFT
+    ]
+    return [f"eff is not quite a constant in these runs: it drifts for {', '.join(found)}."] if found else []
 
 
 def _width(entry: Multiplier) -> float:
