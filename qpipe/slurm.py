@@ -1,7 +1,7 @@
 """What a workflow needs to live well with Slurm: repairs of the executor plugin, and care for jobs left behind.
 
 The executor plugin (snakemake-executor-plugin-slurm 2.8) submits one Slurm job per run and asks `squeue` how it is
-getting on. Four things it does not do, and `start` adds before the first job is submitted:
+getting on. What it lacks, `start` adds before the first job is submitted:
 
 names
     The plugin gives all jobs of a workflow one random name. Here a job is called after its run, so that `squeue` can
@@ -10,6 +10,12 @@ ends
     A job in state PREEMPTED (preemption that cancels) or NODE_FAIL is waited for, for ever, as if Slurm would start it
     again; where Slurm does, the state is PENDING. Here a job seen twice in a row in such a state has failed, and the
     profile's `retries` start it again, from its checkpoint.
+submission
+    When the controller restarts, `sbatch` fails for some seconds, and all retries of a run are spent within one. Here
+    `sbatch` is called again, within a minute, for the errors that pass.
+pace
+    The plugin asks less and less often while nothing ends, down to every three minutes. Here it asks at the profile's
+    pace, `slurm-init-seconds-before-status-checks`: one `squeue` for all jobs at once is little to ask.
 memory
     Slurm forgets a finished job after MinJobAge. A job that is gone when it is next asked for (the controller was
     away for long) would be waited for, for ever; here its output files decide.
@@ -49,6 +55,18 @@ _ALIVE = {
     "REQUEUED",
     "REQUEUE_FED",
 }
+
+_SUBMIT = """bash -c '
+for pause in 5 15 40 0; do
+  problem=$({ sbatch "$@" >&3; } 2>&1) && exit
+  case $problem in
+    *controller*|*"imed out"*|*temporarily*|*refused*|*standby*) sleep $pause;;
+    *"not available"*) test $pause = 5 || break; sleep $pause;;
+    *) break;;
+  esac
+done 3>&1
+echo "$problem" >&2; exit 1' """
+"""Calls sbatch with the arguments that follow, again after errors that pass (nodes register after a restart)."""
 
 
 def shield() -> None:
@@ -136,11 +154,11 @@ def repair(plugin: Any) -> None:
 
 
 def naming(submit_command: Callable[..., str]) -> Callable[..., str]:
-    """Wrap the plugin's builder of sbatch calls so that a job is named after its run, or its rule and wildcards."""
+    """Wrap the plugin's builder of sbatch calls: named after the run, or rule and wildcards, and called patiently."""
 
     def named(job: Any, params: dict[str, Any], *args: Any, **kwargs: Any) -> str:
         wildcards = {} if job.is_group() else dict(job.wildcards_dict)
-        return submit_command(job, {**params, "run_uuid": job_name(job.name, wildcards)}, *args, **kwargs)
+        return _SUBMIT + submit_command(job, {**params, "run_uuid": job_name(job.name, wildcards)}, *args, **kwargs)
 
     return named
 
@@ -177,6 +195,8 @@ class Watch:
             self._awaited = {job.external_jobid for job in active_jobs}
             async for job in check(executor, active_jobs):
                 yield job
+            pace = executor.workflow.executor_settings.init_seconds_before_status_checks
+            executor.next_seconds_between_status_checks = pace
 
         return checked
 

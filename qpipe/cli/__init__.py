@@ -15,6 +15,7 @@ from qpipe.errors import QpipeError, nearest
 
 VERBS: dict[str, str] = {
     "plan": "list a study's runs: size, tokens, FLOPs, bits/weight, state",
+    "status": "how a study is getting on: done, running, failed runs, time left",
     "capacity": "bits/weight, Gaussian error and predicted multiplier of representations",
     "tokenize": "corpus -> token store + manifest",
     "train": "one run -> record, final weights, curve",

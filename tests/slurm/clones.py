@@ -19,6 +19,8 @@ class Clone:
 
     def __init__(self, folder: Path, study: str = STUDY) -> None:
         self.folder, self.results = folder, folder / "results/smoke"
+        self.extra: dict[str, str] = {}
+        """more environment variables"""
         folder.mkdir(parents=True, exist_ok=True)
         for name in SOURCES:
             source = ROOT / name
@@ -50,13 +52,14 @@ class Clone:
 
     def command(self, *options: str, profile: str = "slurm") -> list[str]:
         return [
-            *(sys.executable, "-m", "snakemake", "--profile", f"profiles/{profile}", "--configfile", "study.yaml"),
-            *options,
+            *(sys.executable, "-m", "snakemake", *options),  # targets go first: --configfile takes several files
+            *("--profile", f"profiles/{profile}", "--configfile", "study.yaml"),
         ]
 
     @property
     def environment(self) -> dict[str, str]:
-        return {**lab.clean_environment(), "PYTHONPATH": str(self.folder), "OMP_NUM_THREADS": "1"}
+        here = {"PYTHONPATH": str(self.folder), "OMP_NUM_THREADS": "1", "QPIPE_CHECKPOINT_SECONDS": "1"}
+        return {**lab.clean_environment(), **here, **self.extra}
 
     def snakemake(self, *options: str, profile: str = "slurm", check: bool = True) -> str:
         """Run Snakemake to its end; return what it said."""

@@ -1,0 +1,220 @@
+"""Everything that befalls jobs on a cluster, on real jobs: the results equal the undisturbed ones to the last bit.
+
+A fault strikes while a run is training; the run resumes from its checkpoint, and record, curve and weights are
+compared with those of the same runs trained in peace on this machine.
+"""
+
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+
+import lab as slurm
+import pytest
+from clones import STUDY, Clone
+
+pytestmark = [pytest.mark.slurm, pytest.mark.workflow]
+
+RUNS = (
+    STUDY.replace("sizes: [10k, 30k]", "sizes: [10k]")
+    .replace("tokens: [8192, 16384]", "tokens: [393216]")
+    .replace("representations: [dense, w4]", "representations: [dense]\nseeds: {seeds}")
+)
+
+
+@pytest.fixture(scope="module")
+def peaceful(tmp_path_factory) -> Clone:
+    """Three runs trained on this machine without Slurm."""
+    clone = Clone(tmp_path_factory.mktemp("peaceful"), RUNS.format(seeds=[0, 1, 2]))
+    clone.snakemake("runs", "--cores", str(os.cpu_count()), profile="local")
+    return clone
+
+
+@pytest.fixture
+def study(lab, clone, peaceful) -> Callable[..., Clone]:
+    """A clone with planned runs and tokens, so that the first thing Slurm gets to do is to train."""
+
+    def make(seeds: int, **profile: object) -> Clone:
+        (clone.folder / "study.yaml").write_text(RUNS.format(seeds=list(range(seeds))))
+        clone.edit_profile(profile)
+        shutil.copytree(peaceful.folder / "results/tokens", clone.folder / "results/tokens")
+        return clone
+
+    return make
+
+
+def assert_as_in_peace(clone: Clone, peaceful: Clone) -> None:
+    expected, found = peaceful.science(), clone.science()
+    assert {name for name in found if name.endswith("record.json")}
+    assert {name: found[name] == expected[name] for name in found} == dict.fromkeys(found, True)
+    assert len(clone.runs()) == sum(name.endswith("record.json") for name in found)
+
+
+def heartbeat(clone: Clone, run: str) -> dict:
+    try:
+        return json.loads((clone.results / "runs" / run / "scratch/heartbeat.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def wait_for_training(clone: Clone, seconds: float = 180) -> list[str]:
+    """Wait until all runs train and have a checkpoint; return them."""
+    slurm.wait_until(lambda: clone.runs(), seconds)
+    for run in clone.runs():
+        checkpoints = clone.results / "runs" / run / "scratch"
+        slurm.wait_until(lambda checkpoints=checkpoints: list(checkpoints.glob("step-*.ckpt")), seconds)
+    return clone.runs()
+
+
+def job_of(run: str) -> str:
+    return slurm.squeue("--name", run, "--states", "running")[0]
+
+
+def finish(process, clone: Clone, seconds: float = 300) -> str:
+    process.wait(seconds)
+    assert process.returncode == 0, clone.said()[-4000:] + clone.logs()
+    return clone.said()
+
+
+def attempts(clone: Clone, run: str) -> int:
+    return json.loads((clone.results / "runs" / run / "runtime.json").read_text())["attempts"]
+
+
+def test_killed_cancelled_and_told_to_stop_while_the_controller_restarts(lab, study, peaceful):
+    clone = study(3)
+    process = clone.start("runs")
+    killed, cancelled, told = wait_for_training(clone)
+    os.kill(heartbeat(clone, killed)["pid"], signal.SIGKILL)
+    slurm.run("scancel", job_of(cancelled))
+    slurm.run("scancel", "--signal=USR1", job_of(told))
+    time.sleep(1)
+    lab.stop_controller()
+    time.sleep(5)
+    lab.start_controller()
+    said = finish(process, clone)
+    assert_as_in_peace(clone, peaceful)
+    assert [attempts(clone, run) for run in (killed, cancelled, told)] == [2, 2, 2]
+    # The first two were resubmitted by Snakemake, the third went back into the queue under its own number.
+    assert said.count("has been submitted") == 5
+
+
+def test_memory_grows_on_retry(study, peaceful):
+    clone = study(1)
+    resources = clone.folder / "qpipe/resources.py"
+    resources.write_text(resources.read_text().replace("PROCESS_MB = 1500", "PROCESS_MB = 450"))
+    said = finish(clone.start("runs"), clone)
+    assert "failed" in said
+    log = next((clone.folder / "logs/slurm/rule_train").rglob("*.log"))
+    assert any("exceeded" in path.read_text() for path in log.parent.glob("*.log"))
+    assert_as_in_peace(clone, peaceful)
+
+
+@pytest.mark.parametrize("partition", ["requeue", "cancel"])
+def test_preempted(partition, study, peaceful):
+    clone = study(1, slurm_partition=partition)
+    process = clone.start("runs")
+    run = wait_for_training(clone)[0]
+    node = slurm.squeue("--name", run, form="%N")[0]
+    slurm.run("sbatch", "--partition=main", f"--nodelist={node}", "--exclusive", "--output=/dev/null", "--wrap=sleep 3")
+    finish(process, clone)
+    assert_as_in_peace(clone, peaceful)
+    assert attempts(clone, run) == 2
+
+
+def test_lost_node_leaves_an_orphan_that_publishes_nothing(lab, study, peaceful):
+    clone = study(1)
+    process = clone.start("runs")
+    run = wait_for_training(clone)[0]
+    orphan, node = heartbeat(clone, run)["pid"], slurm.squeue("--name", run, form="%N")[0]
+    os.kill(orphan, signal.SIGSTOP)  # the node hangs; its processes wake up after the newer attempt has begun
+    lab.kill_node(node)
+    try:
+        slurm.wait_until(lambda: heartbeat(clone, run).get("attempt") == 2, 120)
+        os.kill(orphan, signal.SIGCONT)
+        finish(process, clone)
+        slurm.wait_until(lambda: slurm.gone(orphan), 60)
+    finally:
+        lab.start_node(node)
+        lab.wait_idle()
+    assert_as_in_peace(clone, peaceful)
+    assert attempts(clone, run) == 2
+
+
+def test_interrupted_snakemake_cancels_its_jobs_and_the_next_one_resumes(study, peaceful):
+    clone = study(1)
+    process = clone.start("runs")
+    run = wait_for_training(clone)[0]
+    process.send_signal(signal.SIGINT)
+    process.wait(60)
+    slurm.wait_until(lambda: not slurm.squeue("--states", "running,pending"), 30)
+    finish(clone.start("runs"), clone)
+    assert_as_in_peace(clone, peaceful)
+    assert attempts(clone, run) == 2
+
+
+def test_killed_snakemake_leaves_jobs_that_the_next_one_refuses_to_double(study, peaceful):
+    clone = study(1)
+    process = clone.start("runs")
+    wait_for_training(clone)
+    second = clone.snakemake("runs", check=False)  # two Snakemakes in one folder
+    assert "lock" in second.lower()
+    process.kill()
+    process.wait()
+    job = job_of(clone.runs()[0])
+    clone.snakemake("runs", "--unlock")
+    refused = clone.snakemake("runs", check=False)
+    assert f"scancel {job}" in refused
+    assert "still alive in this folder" in refused
+    assert len(slurm.squeue("--states", "running,pending")) == 1
+    slurm.wait_until(lambda: not slurm.squeue("--states", "running,completing"), 120)
+    before = {path: path.stat().st_mtime_ns for path in clone.results.glob("runs/*/record.json")}
+    assert before
+    clone.snakemake("runs")
+    assert {path: path.stat().st_mtime_ns for path in before} == before  # the orphaned job's result is used
+    assert_as_in_peace(clone, peaceful)
+
+
+def test_results_that_a_shared_disk_shows_late_are_waited_for(study, peaceful):
+    clone = study(1)
+    rules = clone.folder / "workflow/rules/runs.smk"
+    late = "mv {output.record} {output.record}.late; setsid sh -c 'sleep 5; mv {output.record}.late {output.record}' &"
+    before = rules.read_text()
+    rules.write_text(before.replace('>> {log} 2>&1"', f'>> {{log}} 2>&1 && ({late})"'))
+    assert rules.read_text() != before
+    # The job itself sees its own files; only the machine that asks for them sees them late.
+    clone.snakemake("runs")
+    assert_as_in_peace(clone, peaceful)
+
+
+def test_failing_run_does_not_block_others_and_is_named(study):
+    clone = study(2)
+    clone.snakemake("results/smoke/study.yaml")
+    broken, whole = clone.runs()
+    (clone.folder / "results/smoke/runs" / broken / "run.yaml").write_text("not: a run\n")
+    said = clone.snakemake("runs", check=False)
+    assert broken in said
+    assert [(clone.results / "runs" / run / "record.json").exists() for run in (broken, whole)] == [False, True]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_time_limit_is_announced_and_a_slow_checkpoint_still_gets_written(study, peaceful):
+    """Two-minute jobs, told 75 s before their end (Slurm is up to a minute early); a checkpoint takes 12 s to write."""
+    clone = study(1, longest=2, slurm_extra="--signal=USR1@75 --open-mode=append")
+    code = clone.folder / "qpipe/train/checkpoint.py"
+    slow = "            torch.save(checkpoint, temporary)\n"
+    assert slow in code.read_text()
+    code.write_text(code.read_text().replace(slow, slow + "            time.sleep(12)\n"))
+    step = clone.folder / "qpipe/train/module.py"
+    step.write_text(
+        step.read_text().replace(
+            "        optimizer.step()\n", "        optimizer.step()\n        __import__('time').sleep(0.06)\n"
+        )
+    )
+    clone.extra["QPIPE_CHECKPOINT_SECONDS"] = "600"
+    said = finish(clone.start("runs"), clone, 800)
+    assert_as_in_peace(clone, peaceful)
+    assert said.count("has been submitted") == 1  # one job, requeued each time
+    assert attempts(clone, clone.runs()[0]) >= 2

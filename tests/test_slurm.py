@@ -1,0 +1,98 @@
+"""Decisions about jobs and what runs ask for; that they hold on a real Slurm is tested in tests/slurm."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from training_cases import make_store, small_run
+
+from qpipe.errors import QpipeError
+from qpipe.resources import Site
+from qpipe.slurm import Job, Watch, job_name, refuse_orphans
+from qpipe.study import load_study, plan
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def runs():
+    return {run.size: run for run in plan(load_study(ROOT / "config/quest-c4.yaml"), ROOT)}
+
+
+def test_job_names_say_the_run():
+    assert job_name("train", {"run": "n30m-d10x-2-4-s0-1f3a9c2e"}) == "n30m-d10x-2-4-s0-1f3a9c2e"
+    assert job_name("fit", {"law": "compression"}) == "fit-compression"
+    assert job_name("tokenize", {}) == "tokenize"
+
+
+def test_preempted_jobs_are_given_up_only_if_slurm_does_not_requeue_them():
+    watch = Watch(None)
+    assert watch.decide({"1": "PREEMPTED", "2": "PREEMPTED"}, ["1", "2"]) == {"1": "PREEMPTED", "2": "PREEMPTED"}
+    assert watch.decide({"1": "PREEMPTED", "2": "PENDING"}, ["1", "2"]) == {"1": "FAILED", "2": "PENDING"}
+    assert watch.decide({"2": "PREEMPTED"}, ["2"]) == {"2": "PREEMPTED"}  # a second preemption is a new doubt
+
+
+def test_forgotten_jobs_are_left_to_their_files():
+    watch = Watch(None)
+    assert watch.decide({}, ["1"]) == {}
+    assert watch.decide({"9": "RUNNING"}, ["1"]) == {"9": "RUNNING", "1": "UNKNOWN"}
+
+
+def test_jobs_that_are_alive_are_refused_with_the_way_out():
+    refuse_orphans([])
+    with pytest.raises(QpipeError, match=r"2 Slurm jobs .*n1m, n3m.*scancel 7 8"):
+        refuse_orphans([Job("7", "RUNNING", "n1m", "/"), Job("8", "PENDING", "n3m", "/")])
+
+
+def test_larger_and_longer_runs_ask_for_more_and_retries_for_more_still(runs):
+    site = Site(gpu=True, tflops=100, longest=100_000)
+    small, large = runs["30M"], runs["430M"]
+    assert site.memory_mb(large, 1) > site.memory_mb(small, 1) > 4000
+    assert site.minutes(large, 1) > site.minutes(small, 1)
+    assert site.memory_mb(small, 3) == pytest.approx(3 * site.memory_mb(small, 1), abs=2)
+    # 6 N D FLOPs at 100 TFLOP/s, twice over: the estimate may not be shorter than the arithmetic.
+    least = 2 * 6 * large.parameters.non_embedding * large.tokens / 100e12 / 60
+    assert least < site.minutes(large, 1) < 2 * least + 60
+    assert Site(gpu=True, tflops=1e-3).minutes(large, 2) == 1440
+
+
+def test_profile_says_what_trains():
+    profile = yaml.safe_load((ROOT / "profiles/slurm/config.yaml").read_text())
+    site = Site.from_profile(profile["set-resources"]["train"])
+    assert (site.gpu, site.longest) == (True, 1440)
+    assert not Site.from_profile({}).gpu
+    with pytest.raises(QpipeError, match="tflops: expected a number above 0, found 'fast'"):
+        Site.from_profile({"tflops": "fast"})
+
+
+def test_profile_avoids_the_traps():
+    profile = yaml.safe_load((ROOT / "profiles/slurm/config.yaml").read_text())
+    assert profile["slurm-status-command"] == "squeue"
+    assert profile["retries"] >= 2
+    assert not any(name.startswith("slurm-array") or name.startswith("group") for name in profile)
+    for rules in (ROOT / "workflow/rules").glob("*.smk"):
+        assert "retries:" not in rules.read_text(), "a rule's retries run inside the allocation, with its old memory"
+
+
+def test_trainer_fits_into_the_memory_it_asks_for(tmp_path):
+    """Peak resident memory of a real trainer of the widest size meant for CPUs, plus the two Snakemakes around it."""
+    shape = {"layers": 5, "width": 256, "heads": 4, "kv_heads": 4, "feed_forward": 704, "context": 128}
+    run = small_run(steps=2, batch_sequences=16, **shape)
+    run.write(tmp_path / "run.yaml")
+    make_store(tmp_path / "tokens")
+    command = [sys.executable, "-m", "qpipe", "train", tmp_path / "run.yaml", tmp_path / "tokens", tmp_path / "out"]
+    measured = (
+        "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True);"
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    )
+    environment = {**os.environ, "WANDB_MODE": "disabled", "QPIPE_ACCELERATOR": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", measured, *map(str, command)], env=environment, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    peak = int(done.stdout.splitlines()[-1]) / 1024 + 2 * 150
+    asked = Site().memory_mb(run, 1)
+    assert 0.3 * asked < peak < asked
