@@ -199,7 +199,7 @@ def residuals(subject: Subject) -> Chart:
         "grey band is one root mean square. A trend within a representation means that its eff changes with N or D.",
         panels=tuple(panels),
         looks=subject.legend,
-        height=max(3.8, 0.2 * len(subject.legend)),
+        height=max(3.8, 0.23 * len(subject.legend)),
     )
 
 
