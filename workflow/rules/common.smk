@@ -12,6 +12,7 @@ from qpipe.workflow import Workflow, source_digest, training_site
 slurm.shield()
 
 STUDY = Workflow.from_snakemake(workflow)
+STUDY_FILE = str(workflow.configfiles[0])
 SITE = training_site(workflow)
 RESULTS = f"results/{STUDY.name}"
 TOKENS = f"results/tokens/{STUDY.corpus}/manifest.json"

@@ -1,15 +1,14 @@
 """Corpus to tokens.
 
 REQUIRED INPUTS
-    the corpus the study names (read by qpipe itself, identified by content)
+    the corpus the study names (read by qpipe itself; its content and the tokenizer name the output, so that studies
+    with one corpus share one token store and no time stamp makes it again)
 OUTPUTS
     results/tokens/<corpus>/manifest.json and the token shards beside it
 """
 
 
 rule tokenize:
-    input:
-        study=ancient(f"{RESULTS}/study.yaml"),
     output:
         TOKENS,
     log:
@@ -23,4 +22,4 @@ rule tokenize:
     message:
         "Tokenizing the corpus of study {STUDY.name}"
     shell:
-        "{QPIPE} tokenize {input.study} $(dirname {output}) 2>&1 | tee {log}"
+        "{QPIPE} tokenize {STUDY_FILE:q} $(dirname {output}) --workers {threads} 2>&1 | tee {log}"
