@@ -66,6 +66,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE+-SD",
         help="Gaussian prior, e.g. E=1.7+-0.2; may be repeated; always reported",
     )
+    parser.add_argument(
+        "--profile",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="profile likelihood of a parameter or multiplier, e.g. eff[w4]; may be repeated",
+    )
+    parser.add_argument(
+        "--compare",
+        action="append",
+        default=[],
+        metavar="LAW",
+        help="law whose held-out errors stand beside this one's; `dense`, or `all`; may be repeated",
+    )
     parser.add_argument("--json", action="store_true", help="print FIT.json instead of a summary")
 
 
@@ -86,6 +100,8 @@ def run(args: argparse.Namespace) -> int:
         fix=parse_settings(args.fix, "--fix"),
         free=args.free,
         priors=parse_priors(args.prior),
+        profiles=args.profile,
+        compare=args.compare,
     )
     if args.out:
         result.to_json(args.out)
@@ -105,4 +121,32 @@ def summary(result: Any) -> str:
         lines.append(f"  {name:<12} {value:>12.6g}{spread}{held}  {result.units.get(name, '')}".rstrip())
     if result.multipliers:
         lines += ["", to_markdown(multiplier_table(result)).rstrip()]
-    return "\n".join([*lines, "", *footnotes(result)])
+    return "\n".join([*lines, "", *_check_lines(result.checks), *footnotes(result)])
+
+
+def _check_lines(checks: dict[str, Any]) -> list[str]:
+    """Return profiles, hold-outs, significant trends and the most influential run in words."""
+    lines = []
+    for name, entry in checks.get("profiles", {}).items():
+        low = "open" if entry["open_low"] else f"{entry['low']:.4g}"
+        high = "open" if entry["open_high"] else f"{entry['high']:.4g}"
+        lines.append(f"Profile of {name}: {low} to {high} ({entry['grade']}).")
+    for entry in checks.get("hold_outs", []):
+        error = entry.get("problem") or f"rms {entry['rms']:.2%}, bias {entry['bias']:+.2%} in {entry['n_test']} runs"
+        lines.append(f"Held out {entry['held_out']}, law {entry['law']}: {error}.")
+    lines += [_trend_line(entry) for entry in checks.get("trends", []) if entry["p_adjusted"] < 0.05]
+    if checks.get("influence"):
+        top = checks["influence"][0]
+        lines.append(
+            f"Most influential run: row {top['row'] + 1} ({top['representation']}, n {top['n']:.3g}) moves "
+            f"{top['parameter']} by {top['change']:.1f} standard errors."
+        )
+    return lines
+
+
+def _trend_line(entry: dict[str, Any]) -> str:
+    return (
+        f"eff of {entry['representation']} drifts with {entry['axis']}: d log eff / d log {entry['axis']} = "
+        f"{entry['slope']:+.3f} +- {entry['standard_error']:.3f} (p {entry['p_adjusted']:.2g} after Holm): one "
+        "multiplier does not describe it."
+    )

@@ -31,13 +31,13 @@ def run(args: argparse.Namespace) -> int:
     from qpipe.laws.multipliers import footnotes, to_markdown
 
     fit = Fit.from_json(args.fit)
-    capacity = _capacity(Path(args.capacity)) if args.capacity else {}
+    capacity = read_capacity(Path(args.capacity)) if args.capacity else {}
     table = multiplier_table(
         fit,
         at_n=args.at_n,
         cost_model=args.cost_model,
-        bits=_column(capacity, "bits_per_weight"),
-        rho=_column(capacity, "rho"),
+        bits=column_of(capacity, "bits_per_weight"),
+        rho=column_of(capacity, "rho"),
     )
     if args.out:
         write_multipliers(fit, table, args.out)
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _capacity(path: Path) -> dict[str, dict[str, Any]]:
+def read_capacity(path: Path) -> dict[str, dict[str, Any]]:
     """Read what `qpipe capacity --json` printed (errors: missing, not such a list)."""
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
@@ -59,5 +59,6 @@ def _capacity(path: Path) -> dict[str, dict[str, Any]]:
         raise QpipeError(f"{path}: not the output of qpipe capacity --json ({error!r})") from error
 
 
-def _column(capacity: dict[str, dict[str, Any]], name: str) -> dict[str, float]:
+def column_of(capacity: dict[str, dict[str, Any]], name: str) -> dict[str, float]:
+    """Return one number by representation, of those that have it."""
     return {key: float(entry[name]) for key, entry in capacity.items() if entry.get(name) is not None}

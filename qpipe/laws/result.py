@@ -165,16 +165,17 @@ class Fit:
         return table
 
     def _internal(self, model: Model, vectors: list[dict[str, float]]) -> Array:
-        return self._to_internal(model, np.array([[v[name] for name in model.names] for v in vectors]))
+        return self.to_internal(model, np.array([[v[name] for name in model.names] for v in vectors]))
 
     def _draw_matrix(self, model: Model) -> Array:
         if not self.draws.get("values"):
             raise QpipeError("the fit has no bootstrap draws, so no intervals; fit again with --bootstrap 1000")
         order = [self.draws["names"].index(name) for name in model.names]
-        return self._to_internal(model, np.array(self.draws["values"])[:, order])
+        return self.to_internal(model, np.array(self.draws["values"])[:, order])
 
     @staticmethod
-    def _to_internal(model: Model, natural: Array) -> Array:
+    def to_internal(model: Model, natural: Array) -> Array:
+        """Return internal values (S, P) of natural ones, for a model in counts."""
         logarithmic = np.array([p.transform == "log" for p in model.parameters])
         return np.where(logarithmic, np.log(np.where(logarithmic, np.maximum(natural, 1e-300), 1.0)), natural)
 
