@@ -87,7 +87,8 @@ def split_by(pattern: str) -> pre_tokenizers.PreTokenizer:
 def sentence_piece(metaspace: str | None = None, fallback: bool = True) -> Tokenizer:
     """Llama 2: `▁` for a space, merges inside words and inside runs of `▁` only, bytes for the unknown."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=fallback, unk_token="<unk>", fuse_unk=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=True)  # for the training only
+    runs = pre_tokenizers.Split(Regex("▁+[^▁]*"), "isolated")  # for the training only: entries such as ▁▁▁ and ▁▁the
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(split=False), runs])
     special = [*SPECIAL, *(f"<0x{i:02X}>" for i in range(256))] if fallback else SPECIAL
     alphabet = ["▁", *"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"]
     trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=special, initial_alphabet=alphabet, limit_alphabet=70)
@@ -104,7 +105,6 @@ def sentence_piece(metaspace: str | None = None, fallback: bool = True) -> Token
 
 FAST: dict[str, Tokenizer] = {
     "gpt-2": byte_level(pre_tokenizers.ByteLevel(add_prefix_space=False)),
-    "gpt-2 with prefix": byte_level(pre_tokenizers.ByteLevel(add_prefix_space=True)),
     "llama-3": byte_level(split_by(LLAMA_3)),
     "qwen-2": byte_level(split_by(QWEN_2), normalizers.NFC()),
     "llama-2": sentence_piece(),
@@ -144,6 +144,7 @@ def model_changed(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
         ("gpt-2", changed(normalizer={"type": "Lowercase"})),
         ("gpt-2", changed(pre_tokenizer=None)),
         ("gpt-2", changed(pre_tokenizer={"type": "ByteLevel", "use_regex": False})),
+        ("gpt-2", changed(pre_tokenizer={"type": "ByteLevel", "use_regex": True, "add_prefix_space": True})),
         ("gpt-2", changed(pre_tokenizer={"type": "Whitespace"})),
         ("gpt-2", changed(added_tokens=[{"content": "two words", "special": False}])),
         ("gpt-2", model_changed(dropout=0.1)),
