@@ -8,6 +8,7 @@ Random numbers that a representation draws in a step (noise, Quant-Noise) come f
 so they need no place in a checkpoint.
 """
 
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qpipe.compress import CompressedLinear
+from qpipe.errors import QpipeError
 from qpipe.model import Decoder
 from qpipe.recipe import Training
 from qpipe.runs import Run
@@ -72,8 +74,11 @@ class TrainingModule(lightning.LightningModule):
         return self.stream
 
     def on_train_start(self) -> None:
-        """Keep running means where the losses arise."""
+        """Keep running means where the losses arise; compile where it pays."""
         self.history.to(self.device)
+        if compiling(self.device):
+            for block in self.model.blocks:
+                block.compile(dynamic=False)  # blocks are alike: the first is compiled, the others reuse it
 
     def training_step(self, tokens: Tensor, _: int) -> None:
         """Take one optimizer step on this process's sequences, shape (sequences, context + 1)."""
@@ -96,6 +101,14 @@ class TrainingModule(lightning.LightningModule):
             self.manual_backward(loss)
             total += loss.detach()
         return total
+
+
+def compiling(device: torch.device) -> bool:
+    """Whether to compile blocks: on GPUs, unless the environment says otherwise (QPIPE_COMPILE=0 or 1)."""
+    word = os.environ.get("QPIPE_COMPILE", "")
+    if word not in ("", "0", "1"):
+        raise QpipeError(f"QPIPE_COMPILE={word}: use 0 or 1, or leave it out")
+    return device.type == "cuda" if word == "" else word == "1"
 
 
 def parameter_groups(model: nn.Module, training: Training) -> list[dict[str, Any]]:

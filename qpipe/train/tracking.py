@@ -82,6 +82,7 @@ class Tracking:
 
         if mode == "online" and not _has_key():
             raise QpipeError("no API key (WANDB_API_KEY or netrc)")
+        wandb.teardown()  # of a start that failed: its helper process still holds the run's id
         experiment = wandb.init(
             name=run.id,
             id=run.id,
