@@ -49,5 +49,4 @@ onstart:
 
 
 onsuccess:
-    shell(f"cat {RESULTS}/tables/{LAWS[0]}/multipliers.md 2>/dev/null || true")
-    print(f"report: {RESULTS}/report.html")
+    print_tables()

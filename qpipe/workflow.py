@@ -4,6 +4,7 @@ The Snakefile is parsed again in every cluster job, so this module and all it im
 """
 
 import ast
+import hashlib
 import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from qpipe.identity import canonical_json, digest
 from qpipe.resources import Site
 from qpipe.runs import Run
 from qpipe.study import Law, Study, load_study, plan, study_corpus
+
+LAWS_WITH_MULTIPLIERS = {"compression", "capacity", "sparsity", "precision", "gamma"}
 
 _PACKAGE = Path(__file__).parent
 
@@ -69,6 +72,11 @@ class Workflow:
         return {law.law: LawJob(law, self._formats_of(law), self._options(law)) for law in self.study.laws}
 
     @property
+    def tabled_laws(self) -> list[str]:
+        """The laws that have efficiency multipliers, in the study's order."""
+        return [name for name in self.laws if name in LAWS_WITH_MULTIPLIERS]
+
+    @property
     def study_json(self) -> str:
         """The study as canonical JSON: what `qpipe plan -` reads."""
         return canonical_json(self.study.model_dump(mode="json", exclude_defaults=True))
@@ -93,7 +101,7 @@ class Workflow:
         fit = self.study.fit
         options = f"--bootstrap {fit.bootstrap} --level {fit.level} --seed {fit.seed} --delta {fit.delta}"
         fixed = "".join(f" --fix {name}={value}" for name, value in law.fix.items())
-        return options + fixed + (f" --exclude '{fit.exclude}'" if fit.exclude else "")
+        return options + fixed + (f" --exclude {shlex.quote(fit.exclude)}" if fit.exclude else "")
 
 
 def training_site(workflow: Any) -> Site:
@@ -105,16 +113,21 @@ def source_digest(*parts: str) -> str:
     """Return a digest of the code of modules or packages of qpipe, blind to comments and docstrings.
 
     Cheap steps take it as a parameter, so that a change of what they compute runs them again and a change of how it is
-    explained does not. Parts are paths below the package, e.g. ``laws`` or ``record.py``.
+    explained does not. Parts are paths below the package, e.g. ``laws`` or ``record.py``; other files in a package
+    (templates, styles) count byte by byte.
     """
     return digest([_code(path) for part in parts for path in _modules(_PACKAGE / part)], 12)
 
 
 def _modules(path: Path) -> Iterable[Path]:
-    return sorted(path.rglob("*.py")) if path.is_dir() else [path]
+    if not path.is_dir():
+        return [path]
+    return sorted(file for file in path.rglob("*") if file.is_file() and file.suffix != ".pyc")
 
 
 def _code(path: Path) -> str:
+    if path.suffix != ".py":
+        return hashlib.sha256(path.read_bytes()).hexdigest()
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         body = getattr(node, "body", None)

@@ -25,4 +25,8 @@ rule fits:
 
 rule tables:
     input:
-        expand("{results}/tables/{law}/multipliers.md", results=RESULTS, law=LAWS),
+        expand(
+            "{results}/tables/{law}/multipliers.md",
+            results=RESULTS,
+            law=STUDY.tabled_laws,
+        ),

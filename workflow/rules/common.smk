@@ -54,7 +54,17 @@ def tracked_laws():
     """What Weights & Biases made of each law, where the study tracks its runs."""
     if STUDY.study.wandb.mode == "disabled":
         return []
-    return [f"{RESULTS}/wandb/{law}.txt" for law in LAWS]
+    return [f"{RESULTS}/wandb/{law}.txt" for law in STUDY.tabled_laws]
+
+
+def print_tables():
+    """Print the multiplier tables and where the report is, as far as this invocation made them."""
+    for law in STUDY.tabled_laws:
+        table = Path(f"{RESULTS}/tables/{law}/multipliers.md")
+        if table.exists():
+            print(table.read_text())
+    if Path(f"{RESULTS}/report.html").exists():
+        print(f"report: {RESULTS}/report.html")
 
 
 def write_list(paths, log):

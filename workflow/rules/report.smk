@@ -37,7 +37,9 @@ rule report:
         ),
         fits=expand("{results}/fits/{law}.json", results=RESULTS, law=LAWS),
         tables=expand(
-            "{results}/tables/{law}/multipliers.parquet", results=RESULTS, law=LAWS
+            "{results}/tables/{law}/multipliers.parquet",
+            results=RESULTS,
+            law=STUDY.tabled_laws,
         ),
         figures=expand(
             "{results}/figures/{law}/figures.json", results=RESULTS, law=LAWS
@@ -48,12 +50,17 @@ rule report:
         f"logs/report/{STUDY.name}.log",
     params:
         runs=f"{RESULTS}/runs",
+        tables=lambda wildcards, input: (
+            f"--table {input.tables}" if input.tables else ""
+        ),
         code=source_digest("report", "cli/report.py"),
     message:
         f"Writing {RESULTS}/report.html"
     shell:
         "{QPIPE} report --study {input.study} --plan {input.plan} --runs {params.runs} --losses {input.losses}"
-        " --capacity {input.capacity} --fit {input.fits} --table {input.tables} --figures {input.figures}"
+        " --capacity {input.capacity} --fit {input.fits} {params.tables} --figures {input.figures}"
+        " --step tokenize=benchmarks/workflow/tokenize/{STUDY.corpus}.tsv"
+        " train=benchmarks/workflow/train/{STUDY.name} fit=benchmarks/workflow/fit/{STUDY.name}"
         " --out {output} > {log} 2>&1"
 
 
