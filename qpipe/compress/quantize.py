@@ -75,13 +75,15 @@ def _represent(x: Tensor, prepared: Prepared, keep: Tensor | None, *, training: 
         return _represent_by_signs(x, groups, prepared, keep)
     scale = find_scale(groups, prepared)
     y = groups * reciprocal(scale)
-    gate = _trusted(y, prepared)
+    # Uniform grids round in place, so what the gate needs of y is worked out before.
+    level = None if prepared.grid.uniform else round_to_grid(y, prepared.grid)
+    gate = _trusted(y, level, prepared)
     if keep is not None and prepared.mask is not None:
         gate = _gate_of_pruned(x, y, keep, gate, prepared)
     if prepared.part.gradient == "uniform-noise" and training:
         value = (y + torch.rand_like(y) - 0.5).mul_(scale)
     else:
-        value = round_to_grid(y, prepared.grid).mul_(scale)
+        value = (round_to_grid(y, prepared.grid) if level is None else level).mul_(scale)
     if keep is not None:
         value = value * keep.reshape(value.shape)
     return value.reshape(x.shape), None if gate is None else gate.reshape(x.shape)
@@ -103,8 +105,8 @@ def _represent_by_signs(
     return value, gate
 
 
-def _trusted(y: Tensor, prepared: Prepared) -> Tensor | None:
-    """Where the estimator passes gradient, from numbers in grid units; None for everywhere.
+def _trusted(y: Tensor, level: Tensor | None, prepared: Prepared) -> Tensor | None:
+    """Where the estimator passes gradient, from numbers and their levels in grid units; None for everywhere.
 
     On an integer grid the error is at most half a step exactly on the grid's own range widened by half a step, so
     the trust mask needs one comparison and no rounded value.
@@ -116,8 +118,8 @@ def _trusted(y: Tensor, prepared: Prepared) -> Tensor | None:
     if grid.dimension > 1:
         norm = y.unflatten(-1, (-1, grid.dimension)).norm(dim=-1, keepdim=True)
         return (norm <= outer_radius(grid, y)).expand(*norm.shape[:-1], grid.dimension).reshape(y.shape)
-    if gradient == "trust" and not grid.uniform:
-        return (round_to_grid(y.clone(), grid) - y).abs() <= prepared.radius
+    if gradient == "trust" and level is not None:
+        return (level - y).abs() <= prepared.radius
     if gradient == "trust" and prepared.part.outer is not None:
         return y.abs() <= prepared.part.outer * prepared.high
     low, high = prepared.low, prepared.high

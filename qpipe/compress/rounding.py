@@ -14,7 +14,7 @@ from qpipe.formats import Grid
 
 
 def round_to_grid(y: Tensor, grid: Grid) -> Tensor:
-    """Nearest grid value of `y`, shape (..., width), in the grid's unit; may overwrite `y`."""
+    """Nearest grid value of `y`, shape (..., width), in the grid's unit; integer grids overwrite `y`."""
     if grid.uniform:
         return _round_uniform(y, grid)
     if grid.family == "float":
@@ -52,6 +52,12 @@ def _round_uniform(y: Tensor, grid: Grid) -> Tensor:
 def _round_float(y: Tensor, grid: Grid) -> Tensor:
     """Floating-point grids; saturates at the largest value."""
     smallest, top = exponent_range(grid.exponent, grid.mantissa)
-    _, exponent = torch.frexp(y)  # y = m 2^exponent with 0.5 <= |m| < 1
-    step = torch.ldexp(torch.ones_like(y), exponent.sub(1).clamp_(min=smallest).sub_(grid.mantissa))
+    step = _power_of_two_below(y).clamp_(min=2.0**smallest).mul_(2.0**-grid.mantissa)
     return y.div(step).round_().mul_(step).clamp_(-top, top)
+
+
+def _power_of_two_below(y: Tensor) -> Tensor:
+    """2^floor(log2|y|), and something not larger than 2^-126 below that (zeros, subnormals)."""
+    if y.dtype == torch.float32:  # the exponent field alone is that number
+        return (y.view(torch.int32) & 0x7F800000).view(torch.float32)
+    return torch.ldexp(torch.ones_like(y), torch.frexp(y).exponent - 1)
