@@ -1,4 +1,4 @@
-"""Training step on the CPU: qpipe's decoder against transformers' Llama of the same shape, and representations against dense.
+"""Training step on the CPU: qpipe's decoder against transformers' Llama, and representations against dense.
 
 A step is forward, loss, backward, gradient clipping and AdamW on one batch, the same data and optimizer for both. Each
 variant is timed in turns, and the fastest of all turns counts, so that other load on the machine disturbs little.

@@ -150,6 +150,23 @@ def test_a_finished_run_is_left_alone(trained: Path, store: TokenStore, caplog: 
     assert {path: path.stat().st_mtime_ns for path in trained.iterdir()} == before
 
 
+def test_results_that_cannot_be_written_cost_no_training(
+    trained: Path, store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("QPIPE_CHECKPOINT_SECONDS", "1")
+    (tmp_path / "model.safetensors").mkdir()  # in the way of the weights
+    run = load_record(trained / "record.json").run
+    with pytest.raises(QpipeError, match="results cannot be written"):
+        train(run, store, tmp_path)
+    assert not (tmp_path / "record.json").exists()
+    (tmp_path / "model.safetensors").rmdir()
+    with caplog.at_level(logging.INFO, "qpipe.train"):
+        train(run, store, tmp_path)
+    assert "resumes from step-00000300" in caplog.text
+    for name in ("record.json", "model.safetensors", "curve.parquet"):
+        assert (tmp_path / name).read_bytes() == (trained / name).read_bytes()
+
+
 def test_another_runs_folder_is_refused(trained: Path, store: TokenStore, tmp_path: Path) -> None:
     small_run(steps=5).write(tmp_path / "run.yaml")
     with pytest.raises(QpipeError, match="holds the record of run"):
@@ -158,8 +175,10 @@ def test_another_runs_folder_is_refused(trained: Path, store: TokenStore, tmp_pa
 
 def test_wrong_input_exits_with_2(store: TokenStore, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     small_run(vocab_size=128).write(tmp_path / "run.yaml")
+    small_run().model_copy(update={"corpus": "0" * 12}).write(tmp_path / "other.yaml")
     for arguments, message in (
         ([tmp_path / "run.yaml", store.path], "embedding of 128 rows"),
+        ([tmp_path / "other.yaml", store.path], "belongs to corpus 000000000000"),
         ([tmp_path / "run.yaml", tmp_path], "not a token store"),
         ([tmp_path / "none.yaml", store.path], "no such file"),
     ):

@@ -9,10 +9,12 @@ import numpy as np
 from qpipe.corpus.store import FORMAT, FORMAT_VERSION, TokenStore, content_digest, token_dtype
 from qpipe.corpus.writer import SplitWriter, partial_store, publish
 from qpipe.formats import resolve
+from qpipe.identity import digest
 from qpipe.recipe import TINY, ModelShape, Training
 from qpipe.runs import Run
 
 VOCABULARY = 64
+IDENTITY = {"corpus": "Markov chain"}
 
 
 def small_shape(**changes: Any) -> ModelShape:
@@ -42,7 +44,7 @@ def small_run(representation: str = "dense", steps: int = 60, seed: int = 0, **c
         training=training,
         steps=steps,
         representation=resolved.canonical(),
-        corpus="0" * 8,
+        corpus=digest(IDENTITY, 12),
         seed=seed,
     )
 
@@ -75,6 +77,7 @@ def make_store(
             "dtype": token_dtype(vocab_size).str,
             "vocab_size": vocab_size,
             "eos": 0,
+            "identity": IDENTITY,
             "tokenizer": {"sha256": hashlib.sha256(b"{}").hexdigest()},
             "splits": splits,
         }

@@ -76,6 +76,11 @@ class TimedCheckpoint(lightning.Callback):
             self.save(trainer, step)
             self._last = time.monotonic()
 
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Save once more if the last steps cost much: what follows (validation, writing results) can still fail."""
+        if time.monotonic() - self._last >= self.seconds / 10 and not self.history.failure:
+            self.save(trainer, trainer.global_step)
+
     def save(self, trainer: Any, step: int) -> None:
         """Save now (error: a newer attempt has taken over)."""
         if self.scratch.superseded:

@@ -73,6 +73,11 @@ class TrainingModule(lightning.LightningModule):
         )
         return self.stream
 
+    @property
+    def seconds_waited(self) -> float:
+        """Time spent waiting for batches (seconds)."""
+        return self.stream.waited if self.stream is not None else 0.0
+
     def on_train_start(self) -> None:
         """Keep running means where the losses arise; compile where it pays."""
         self.history.to(self.device)

@@ -75,12 +75,11 @@ def train_run(run_file: Path, tokens: Path, out: Path) -> Record:
     if scratch.superseded:
         raise QpipeError(f"run {run.id}: a newer attempt has taken over; this one publishes nothing")
     seconds = time.monotonic() - begin
-    waited = module.stream.waited if module.stream else 0.0
     runtime = {
         "wall_seconds": seconds,
         "attempts": scratch.attempt,
         "resumed_from": checkpoint.name if checkpoint else None,
-        "data_wait_share": waited / seconds,
+        "data_wait_share": module.seconds_waited / seconds,
         "epochs": batches.epochs(run.steps),
         **describe(run, trainer.strategy.root_device, trainer.world_size, progress.tokens_per_second),
     }

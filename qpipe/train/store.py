@@ -4,6 +4,7 @@ from pathlib import Path
 
 from qpipe.corpus.store import MANIFEST, TokenStore
 from qpipe.errors import QpipeError
+from qpipe.identity import digest
 from qpipe.runs import Run
 
 
@@ -15,12 +16,18 @@ def open_store(run: Run, tokens: Path) -> TokenStore:
     run
         The run.
     tokens
-        Folder of the store, or its manifest (error: no store, or another vocabulary than the model's).
+        Folder of the store, or its manifest (error: no store, or one of another corpus, tokenizer or vocabulary).
     """
     store = TokenStore.open(tokens.parent if tokens.name == MANIFEST else tokens)
+    remedy = "plan the run again for this corpus or give its own token store"
+    problems = []
     if store.vocab_size != run.shape.vocab_size:
-        raise QpipeError(
+        problems.append(
             f"run {run.id} has an embedding of {run.shape.vocab_size:,} rows, the tokens in {tokens} come from a "
-            f"vocabulary of {store.vocab_size:,}; plan the run again for this corpus or give its own token store"
+            f"vocabulary of {store.vocab_size:,}; {remedy}"
         )
+    if (found := digest(store.manifest.get("identity"), len(run.corpus))) != run.corpus:
+        problems.append(f"run {run.id} belongs to corpus {run.corpus}, {tokens} holds corpus {found}; {remedy}")
+    if problems:
+        raise QpipeError(problems)
     return store

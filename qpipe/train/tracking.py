@@ -27,7 +27,7 @@ from qpipe.train.history import Row
 log = logging.getLogger("qpipe.train")
 
 Mode = Literal["online", "offline", "disabled"]
-_INIT_SECONDS = 20.0
+_INIT_SECONDS = 15.0
 _FINISH_SECONDS = 60.0
 
 
