@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qpipe.errors import QpipeError
+from qpipe.leases import RUNS_PER_GPU
 from qpipe.runs import Run
 
 PROCESS_MB = 1500
@@ -35,16 +36,29 @@ class Site:
     """sustained rate of one run (TFLOP/s)"""
     longest: int = 1440
     """longest time a job may ask for (minutes); longer runs are requeued"""
+    runs_per_gpu: int | None = None
+    """runs that share a GPU on a machine without a scheduler, which then take leases (`qpipe.leases`)"""
 
     @classmethod
     def from_profile(cls, resources: Mapping[str, Any]) -> "Site":
-        """Read `gres`, `gpu`, `tflops` and `longest` of the profile's resources for training (error: not numbers)."""
-        gpu = any(name in resources for name in ("gres", "gpu"))
-        values = {"tflops": 40.0 if gpu else cls.tflops, "longest": cls.longest}
-        for name in values:
-            if name in resources:
-                values[name] = _positive(name, resources[name])
-        return cls(gpu=gpu, tflops=values["tflops"], longest=int(values["longest"]))
+        """Read the profile's resources for training: the fields above, `gres` and `gpu` (error: not numbers)."""
+        given = {
+            name: _positive(name, resources[name])
+            for name in ("tflops", "longest", "runs_per_gpu")
+            if name in resources
+        }
+        gpu = any(name in resources for name in ("gres", "gpu", "runs_per_gpu"))
+        return cls(
+            gpu=gpu,
+            tflops=given.get("tflops", 40.0 if gpu else cls.tflops),
+            longest=int(given.get("longest", cls.longest)),
+            runs_per_gpu=int(given["runs_per_gpu"]) if "runs_per_gpu" in given else None,
+        )
+
+    @property
+    def environment(self) -> str:
+        """Shell assignments that tell a trainer how it shares the machine."""
+        return "" if self.runs_per_gpu is None else f"{RUNS_PER_GPU}={self.runs_per_gpu}"
 
     def memory_mb(self, run: Run, attempt: int) -> int:
         """Return the host memory a job asks for (MB); each attempt asks for as much again."""

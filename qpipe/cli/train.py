@@ -11,6 +11,7 @@ environment:
   QPIPE_ACCELERATOR         cpu, gpu or auto (default: auto)
   QPIPE_COMPILE             0 or 1: compile the model's blocks (default: on GPUs only)
   QPIPE_WANDB_MODE          online, offline or disabled; QPIPE_WANDB_PROJECT, _ENTITY, _GROUP
+  QPIPE_RUNS_PER_GPU        wait for a free place on a GPU, so many runs sharing one (machines without a scheduler)
   OMP_NUM_THREADS           CPU threads
 
 example:
@@ -34,11 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train; a run that diverges is a result and ends with 0 as well, one stopped by a signal with 1."""
     with logged_to_stderr("qpipe.train"):
+        from qpipe.leases import leased_gpu
         from qpipe.train.pretrain import train_run
         from qpipe.train.stop import Stopped
 
         try:
-            train_run(args.run, args.tokens, args.out)
+            with leased_gpu():
+                train_run(args.run, args.tokens, args.out)
         except Stopped as stopped:
             print(stopped, file=sys.stderr)
             return 1

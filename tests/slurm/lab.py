@@ -88,7 +88,7 @@ class Lab:
     folder: Path
     nodes: int = 3
     cpus: int = 4
-    memory: int = 6000
+    memory: int = 32000
     gpus: int = 2
 
     @property

@@ -103,7 +103,7 @@ def test_killed_cancelled_and_told_to_stop_while_the_controller_restarts(lab, st
 def test_memory_grows_on_retry(study, peaceful):
     clone = study(1)
     resources = clone.folder / "qpipe/resources.py"
-    resources.write_text(resources.read_text().replace("PROCESS_MB = 1500", "PROCESS_MB = 450"))
+    resources.write_text(resources.read_text().replace("GPU_PROCESS_MB = 4000", "GPU_PROCESS_MB = 450"))
     said = finish(clone.start("runs"), clone)
     assert "failed" in said
     log = next((clone.folder / "logs/slurm/rule_train").rglob("*.log"))

@@ -46,5 +46,5 @@ rule train:
     message:
         "Training {wildcards.run}"
     shell:
-        "OMP_NUM_THREADS={threads} {WANDB} "
+        "OMP_NUM_THREADS={threads} {SITE.environment} {WANDB} "
         "{QPIPE} train {input.run} {input.tokens} $(dirname {output.record}) >> {log} 2>&1"
