@@ -11,7 +11,10 @@ example:
 import argparse
 import json
 import os
+from pathlib import Path
 from typing import Any
+
+from qpipe.errors import QpipeError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,6 +83,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="LAW",
         help="law whose held-out errors stand beside this one's; `dense`, or `all`; may be repeated",
     )
+    parser.add_argument(
+        "--capacity",
+        metavar="CAPACITY.json",
+        help="law capacity without a gmse column: output of qpipe "
+        "capacity --json (default: computed for representations that are presets)",
+    )
     parser.add_argument("--json", action="store_true", help="print FIT.json instead of a summary")
 
 
@@ -88,8 +97,11 @@ def run(args: argparse.Namespace) -> int:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from qpipe.laws import fit, parse_priors, parse_settings, read_losses
 
+    table = read_losses(args.losses, args.map)
+    if args.law == "capacity" and "gmse" not in table:
+        table = with_errors(table, args.capacity)
     result = fit(
-        read_losses(args.losses, args.map),
+        table,
         args.law,
         exclude=args.exclude,
         bootstrap=args.bootstrap,
@@ -107,6 +119,51 @@ def run(args: argparse.Namespace) -> int:
         result.to_json(args.out)
     print(json.dumps(result.to_dict(), indent=1) if args.json else summary(result))
     return 0
+
+
+def with_errors(table: Any, capacity: str | None) -> Any:
+    """Add columns gmse, activation_gmse and family from CAPACITY.json or from the presets.
+
+    Raises
+    ------
+    QpipeError
+        Representations that are in neither; all at once.
+    """
+    from qpipe.cli.multipliers import read_capacity
+
+    names = sorted(set(table["representation"]) - {"dense"})
+    entries = read_capacity(Path(capacity)) if capacity else {}
+    problems = []
+    for name in (name for name in names if name not in entries):
+        try:
+            entries[name] = _preset_errors(name)
+        except QpipeError as error:
+            problems.append(
+                f"no error of '{name}' for law capacity: add a column gmse to the losses or give --capacity "
+                f"({error.problems[0]})"
+            )
+    if problems:
+        raise QpipeError(problems)
+    columns = {
+        column: table["representation"].map({name: entries[name].get(column) for name in names}).astype(float)
+        for column in ("gmse", "activation_gmse")
+    }
+    families = {name: entries[name].get("family", "all") for name in names}
+    return table.assign(**columns, family=table["representation"].map(families).fillna(""))
+
+
+def _preset_errors(name: str) -> dict[str, Any]:
+    """Return the Gaussian errors of a preset, and the family whose curve its weights follow."""
+    from qpipe.compress import capacity
+    from qpipe.formats import resolve
+
+    representation = resolve(name)
+    weights = representation.weights
+    grid = None if weights is None else weights.parsed_grid
+    family = "scalar" if grid is None or grid.dimension == 1 else "vector"
+    if weights is not None and weights.mask is not None:
+        family = "sparse"
+    return {**capacity(representation), "family": family}
 
 
 def summary(result: Any) -> str:

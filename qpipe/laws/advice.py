@@ -19,8 +19,8 @@ from qpipe.laws.parameters import Array
 from qpipe.laws.result import Fit
 
 FLOPS_PER_PARAMETER_TOKEN = 6.0
-GRID = 400
-"""Sizes that are tried for a compute budget, evenly in log N."""
+GRID, SMALLEST = 4000, 1e3
+"""Sizes that are tried for a compute budget, evenly in log N, and the fewest parameters and tokens among them."""
 
 
 def predict_with_interval(
@@ -120,8 +120,8 @@ class Budget:
         spend = self.flops / FLOPS_PER_PARAMETER_TOKEN
         if self.tokens is not None:
             return np.array([min(largest, spend / self.tokens)]), np.array([self.tokens])
-        top = min(largest, spend)
-        n = np.geomspace(top / 1e8, top, GRID * 4)
+        top = min(largest, spend / SMALLEST)
+        n = np.geomspace(min(SMALLEST, top), top, GRID)
         return n, spend / n
 
 

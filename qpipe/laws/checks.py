@@ -207,6 +207,9 @@ def _hold_out(table: pd.DataFrame, mask: np.ndarray, name: str, options: Options
         fitted = fit_point(Rows(train, []), law, replace(options, fix=fixed, priors=(), bootstrap=0), POLISHED_HOLD_OUT)
     except QpipeError as error:
         return {"n_train": len(train), "n_test": len(test), "problem": error.problems[0]}
+    unseen = {p.name for p in law.parameters(make_design(test, law))} - set(fitted.model.names)
+    if unseen:
+        return {"n_train": len(train), "n_test": len(test), "problem": f"{', '.join(sorted(unseen))} needs these runs"}
     predicted = predict_rows(fitted, test)
     miss = np.log(predicted / test["loss"].to_numpy(float))
     return {

@@ -39,14 +39,13 @@ def matching_rows(table: pd.DataFrame, rule: str) -> np.ndarray:
     try:
         tree = ast.parse(rule.strip(), mode="eval")
         selected = _evaluate(tree.body, table, rule)
-        selected = pd.Series(selected, index=table.index)
     except QpipeError:
         raise
     except (SyntaxError, TypeError, ValueError, AttributeError, KeyError, RecursionError, ZeroDivisionError) as error:
         raise QpipeError(
             f"exclusion '{rule}' is not a rule such as \"loss > 5 or representation == 'w1'\": {error}"
         ) from error
-    if selected.dtype != bool:
+    if not isinstance(selected, pd.Series) or selected.dtype != bool:
         raise QpipeError(f"exclusion '{rule}' gives values, not yes or no per row; write a comparison, as in loss > 5")
     return selected.to_numpy()
 

@@ -276,7 +276,7 @@ class QatGap:
             Parameter("g_D", "1", "growth of the gap with tokens", 1e-4, 3.0, (0.08, 0.3)),
             Parameter("g_N", "1", "decay of the gap with parameters", 1e-4, 3.0, (0.2, 0.5)),
         ]
-        if np.ptp(self._log_groups(design)[design.labels["representation"] != "dense"]) > 0:
+        if np.unique(self._log_groups(design)[design.labels["representation"] != "dense"]).size > 1:
             shared.append(Parameter("g_G", "1", "growth of the gap with log2 of the group size", 1e-4, 5.0, (0.8,)))
         return shared + [
             Parameter(f"k[{label}]", "nats/token", f"gap of {label} at N = D = 1", 1e-60, 1e60, (0.1,), shifts=_GAP)

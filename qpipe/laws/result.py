@@ -140,7 +140,10 @@ class Fit:
         by_name = {p.name: p for p in law.parameters(make_design(self.table(), law))}
         # every number is held, so that the model works in counts instead of in units of these points' means
         parameters = [replace(by_name[name], fixed=value) for name, value in self.vector.items()]
-        return Model(law, make_design(self._with_covariates(table, covariates or {}), law), parameters), n.shape
+        design = make_design(self._with_covariates(table, covariates or {}), law)
+        if unseen := sorted({p.name for p in law.parameters(design)} - set(self.vector)):
+            raise QpipeError(f"the fit has no {', '.join(unseen)}: no fitted run needed them; fit again with such runs")
+        return Model(law, design, parameters), n.shape
 
     def _with_covariates(self, table: pd.DataFrame, covariates: dict[str, Any]) -> pd.DataFrame:
         """Add the law's columns from the fitted rows of the same representation, or from `covariates`."""
