@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -186,3 +187,13 @@ def test_command_refuses_unknown_names_with_exit_code_2(capsys: pytest.CaptureFi
     assert main(["capacity", "mxfp5"]) == 2
     assert "did you mean 'mxfp" in capsys.readouterr().err
     assert main(["capacity"]) == 2
+
+
+def test_command_draws_effective_bits_and_says_when_it_cannot(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    names = ["w2-quest", "w2-lloyd", "w4a4-quest", "mxfp4", "dense"]
+    assert main(["capacity", *names, "--figure", str(tmp_path / "bits.svg")]) == 0
+    drawn = (tmp_path / "bits.svg").read_text()
+    assert all(label in drawn for label in ("mxfp4", "quest", "lloyd", "rate-distortion"))
+    assert "rho is a prior" in capsys.readouterr().out
+    assert main(["capacity", *names, "--figure", str(tmp_path / "bits.xyz")]) == 2
+    assert "svg" in capsys.readouterr().err

@@ -81,23 +81,47 @@ def basis(rows: list[dict[str, Any]]) -> str:
 
 
 def draw(rows: list[dict[str, Any]], path: str) -> None:
-    """Effective bits against stored bits per weight, with the bound that no format can pass; writes `path`."""
+    """Effective bits against stored bits per weight, with the bound that no format can pass; writes `path`.
+
+    One colour per method; presets without a method are named in the plot. Injected noise stores nothing: left out.
+    """
     from matplotlib.figure import Figure
 
     shown = [row for row in rows if row["effective_bits"] is not None and not row["representation"].startswith("noise")]
-    figure = Figure(figsize=(8, 6), layout="constrained")
+    methods = _by_method(shown)
+    figure = Figure(figsize=(9, 6.5), layout="constrained")
     axes = figure.subplots()
     top = max((row["effective_bits"] for row in shown), default=1.0) + 0.5
     axes.plot([0, top], [0, top], color="black", linewidth=1, label="rate-distortion bound, error 4^-b")
-    axes.scatter([row["bits_per_weight"] for row in shown], [row["effective_bits"] for row in shown], s=14)
-    for row in shown:
-        axes.annotate(row["representation"], (row["bits_per_weight"], row["effective_bits"]), fontsize=5, alpha=0.8)
+    for place, (method, members) in enumerate(methods.items()):
+        points = [row["bits_per_weight"] for row in members], [row["effective_bits"] for row in members]
+        marker = "o^svD"[place % 5]
+        axes.plot(*points, marker, color=f"C{place % 10}", markersize=4, label=method or "presets (named)")
+    for row in methods.get("", []):
+        at = (row["bits_per_weight"], row["effective_bits"])
+        axes.annotate(row["representation"], at, (4, -4), textcoords="offset points", fontsize=6)
     axes.set(xlabel="stored bits per weight", ylabel="effective bits, log_{1/4} of the error on N(0, 1)")
-    axes.legend(loc="upper left")
+    axes.legend(loc="lower right", fontsize=7)
     try:
         figure.savefig(path)
     except (OSError, ValueError) as error:
         raise QpipeError(f"cannot draw to '{path}': {error}; give a writable .png, .svg or .pdf file") from None
+
+
+def _by_method(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Rows by the method in their names, rows of equal weights once."""
+    from qpipe.formats import catalogue
+
+    methods: dict[str, list[dict[str, Any]]] = {}
+    seen: set[tuple[str, float, float]] = set()
+    for row in rows:
+        method = row["representation"].rpartition("-")[2]
+        method = method if method in catalogue().methods else ""
+        key = (method, row["bits_per_weight"], row["gmse"])
+        if key not in seen:
+            seen.add(key)
+            methods.setdefault(method, []).append(row)
+    return methods
 
 
 def _error(row: dict[str, Any], field: str) -> str:

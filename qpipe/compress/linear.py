@@ -89,13 +89,10 @@ class CompressedLinear(nn.Module):
         if not _trains(part):
             return None
         assert part is not None
-        if part.group == "tensor":
-            return (1, 1)
-        return (
-            (self.out_features, 1)
-            if part.group == "row"
-            else (self.out_features, self.in_features // int(part.group), 1)
-        )
+        shapes: dict[str | int, tuple[int, ...]] = {"tensor": (1, 1), "row": (self.out_features, 1)}
+        if part.group in shapes:
+            return shapes[part.group]
+        return (self.out_features, self.in_features // int(part.group), 1)
 
     def reset_parameters(self) -> None:
         """Initialise as `nn.Linear` does; trained scales are found from data at the next forward pass."""
