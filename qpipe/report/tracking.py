@@ -38,17 +38,28 @@ def track_multipliers(study: str, law: str, table: Path, files: list[Path], runs
     mode = tracking_mode()
     if mode == "disabled":
         return "disabled"
-    try:
-        return _log(mode, study, law, pd.read_parquet(table), files, runs, out)
-    except Exception as error:  # wandb raises its own, network and OS errors; none may end the workflow
-        reason = (str(error).splitlines() or [repr(error)])[0]
-        log.warning("W&B does not take the multipliers: %s", reason)
-        return f"failed: {reason}"
+    failure = ""
+    for attempt in ("online", "offline") if mode == "online" else ("offline",):
+        try:
+            _log(attempt, study, law, pd.read_parquet(table), files, runs, out)
+            return attempt + failure
+        except Exception as error:  # wandb raises its own, network and OS errors; none may end the workflow
+            failure = f" ({attempt} failed: {(str(error).splitlines() or [repr(error)])[0]})"
+            log.warning("W&B does not take the multipliers%s", failure)
+            _forget_failed_start()
+    return f"failed{failure}"
+
+
+def _forget_failed_start() -> None:
+    """Let the page's id be used again: wandb holds it after a start that failed."""
+    import wandb
+
+    wandb.teardown()
 
 
 def _log(
     mode: str, study: str, law: str, table: pd.DataFrame, files: list[Path], runs: dict[str, str], out: Path
-) -> str:
+) -> None:
     import wandb
 
     project = os.environ.get("QPIPE_WANDB_PROJECT") or os.environ.get("WANDB_PROJECT") or "qpipe"
@@ -76,7 +87,6 @@ def _log(
     page.finish(exit_code=0)
     if mode == "online":
         _update_runs(wandb.Api(timeout=20), f"{entity}/{project}" if entity else project, runs, effs)
-    return mode
 
 
 def _update_runs(api: Any, path: str, runs: dict[str, str], effs: dict[str, float]) -> None:
