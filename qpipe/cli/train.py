@@ -11,6 +11,7 @@ environment:
   QPIPE_ACCELERATOR         cpu, gpu or auto (default: auto)
   QPIPE_COMPILE             0 or 1: compile the model's blocks (default: on GPUs only)
   QPIPE_WANDB_MODE          online, offline or disabled; QPIPE_WANDB_PROJECT, _ENTITY, _GROUP
+  QPIPE_DEVICES             devices that train the run together, a process each (default: 1)
   QPIPE_RUNS_PER_GPU        wait for a free place on a GPU, so many runs sharing one (machines without a scheduler)
   OMP_NUM_THREADS           CPU threads
 

@@ -90,6 +90,7 @@ class TimedCheckpoint(lightning.Callback):
             trainer.save_checkpoint(self.scratch.checkpoint_path(step))
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError of its zip writer
             log.warning("checkpoint at step %d could not be written, training goes on: %s", step, _first_line(error))
+            trainer.strategy.barrier()  # where the other processes wait for the file
             return
         for old in self.scratch.checkpoints()[_KEPT:]:
             old.unlink(missing_ok=True)

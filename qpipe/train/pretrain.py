@@ -12,11 +12,12 @@ from qpipe.errors import QpipeError
 from qpipe.model import Decoder
 from qpipe.record import Record
 from qpipe.runs import Run, load_run
-from qpipe.train.checkpoint import DurableCheckpointIO, TimedCheckpoint, newest_checkpoint
+from qpipe.train.checkpoint import DurableCheckpointIO, TimedCheckpoint
 from qpipe.train.data import Batches
 from qpipe.train.history import History
 from qpipe.train.lightning_import import LightningEnvironment, lightning
 from qpipe.train.module import TrainingModule
+from qpipe.train.processes import Processes
 from qpipe.train.progress import Progress, Recorder, duration
 from qpipe.train.results import finished_record, make_record, publish
 from qpipe.train.runtime import describe
@@ -29,8 +30,8 @@ from qpipe.train.validation import Validation, diverged, sequences_at_once
 log = logging.getLogger("qpipe.train")
 
 
-def train_run(run_file: Path, tokens: Path, out: Path) -> Record:
-    """Train a run, or resume it, or return its record if it is finished.
+def train_run(run_file: Path, tokens: Path, out: Path) -> Record | None:
+    """Train a run, or resume it, or return its record if it is finished (None in processes beside the main one).
 
     Parameters
     ----------
@@ -55,15 +56,18 @@ def train_run(run_file: Path, tokens: Path, out: Path) -> Record:
         return record
     store = open_store(run, tokens)
     batches, validation, history = plan_data(run, store)
-    scratch = Scratch.claim(run.id, out)
-    checkpoint = newest_checkpoint(scratch, run.id)
+    processes = Processes.from_environment(run)
+    scratch, checkpoint = processes.claim(run, out)
+    module = TrainingModule(run, batches, history)
+    if not processes.main:
+        beside = make_trainer(run, scratch, [Recorder(history, validation, [])], history, None, processes.count)
+        beside.fit(module, ckpt_path=checkpoint, weights_only=True)
+        return None
     log.info("run %s: %s", run.id, describe_plan(run, batches))
     tracking = Tracking(run, out)
     progress = Progress(run, scratch)
-    module = TrainingModule(run, batches, history)
-    trainer = make_trainer(
-        run, scratch, [Recorder(history, validation, [progress, tracking]), progress], history, tracking
-    )
+    callbacks = [Recorder(history, validation, [progress, tracking]), progress]
+    trainer = make_trainer(run, scratch, callbacks, history, tracking.logger, processes.count)
     if checkpoint is not None:
         log.info("attempt %d resumes from %s", scratch.attempt, checkpoint.name)
     trainer.fit(module, ckpt_path=checkpoint, weights_only=True)
@@ -100,7 +104,9 @@ def plan_data(run: Run, store: TokenStore) -> tuple[Batches, Validation, History
     return batches, held_out, History(run)
 
 
-def make_trainer(run: Run, scratch: Scratch, callbacks: list[Any], history: History, tracking: Tracking) -> Any:
+def make_trainer(
+    run: Run, scratch: Scratch, callbacks: list[Any], history: History, logger: Any | None, devices: int
+) -> Any:
     """Return Lightning's Trainer for a run, with nothing in it that a run does not use."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for known in (r".*`srun` command is available.*", r".*isinstance\(treespec, LeafSpec\).*"):
@@ -108,14 +114,15 @@ def make_trainer(run: Run, scratch: Scratch, callbacks: list[Any], history: Hist
     timed = TimedCheckpoint(scratch, history, run.id, checkpoint_seconds())
     return lightning.Trainer(
         accelerator=os.environ.get("QPIPE_ACCELERATOR", "auto"),
-        devices=1,
-        # One process: without this, Lightning inside a Slurm job would take requeueing into its own hands.
+        devices=devices,
+        strategy="ddp" if devices > 1 else "auto",
+        # Without this, Lightning inside a Slurm job would wait for srun, and take requeueing into its own hands.
         plugins=[DurableCheckpointIO(), LightningEnvironment()],
         precision="bf16-mixed" if run.training.precision == "bf16" else "32-true",
         max_steps=run.steps,
         max_epochs=-1,
         callbacks=[*callbacks, timed, StopOnSignal(timed)],
-        logger=tracking.logger or False,
+        logger=logger or False,
         default_root_dir=scratch.folder,
         enable_checkpointing=False,
         enable_progress_bar=False,

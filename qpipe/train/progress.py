@@ -42,6 +42,8 @@ class Recorder(lightning.Callback):
         loss = None
         if self.history.validation_due(step):
             loss = self.validation.loss(pl_module.model, self.windows)
+        if trainer.world_size > 1:
+            self.history.average()
         row = self.history.close_row(step, loss)
         for listener in self.listeners:
             listener(row)
