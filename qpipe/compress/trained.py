@@ -26,7 +26,8 @@ from qpipe.compress.scales import absolute_maximum, grouped, mean_magnitude
 from qpipe.formats import Grid
 
 SMALLEST_SCALE = 1e-5
-"""Floor of trained scales in the forward pass, as ParetoQ's code has it."""
+"""Floor of trained scales in the forward pass, as ParetoQ's code has it. So an all-zero group whose grid has no zero is
+represented by its smallest levels times this, not by exact zeros."""
 STRETCHED_CLIP = 0.99
 """Where the stretched rule clips: below 1, so that the row maximum does not round to a level that does not exist."""
 
