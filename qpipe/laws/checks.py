@@ -19,8 +19,8 @@ from qpipe.laws.profile import covariance, dense_jacobian
 from qpipe.laws.search import Fitted, Options, fit_point
 from qpipe.laws.solve import minimise
 
-MAX_LEFT_OUT = 500
-"""Most rows that are left out one by one; beyond, those with the largest influence on the objective."""
+LEFT_OUT_CELLS = 200_000
+"""Rows times rows left out one by one; beyond, those with the largest linearised influence (at least 20)."""
 POLISHED_HOLD_OUT = 24
 CAVEAT = (
     "information criteria assume independent, equally noisy runs and no misfit of the law; runs that share "
@@ -42,8 +42,8 @@ def trends(fitted: Fitted) -> list[dict[str, Any]]:
     model = fitted.model
     if fitted.law.size is None:
         return []
-    jacobian = dense_jacobian(fitted)[:, [p.fixed is None for p in model.parameters]]
     residual = np.log(fitted.problem.loss / model.predict(fitted.theta[None])[0])
+    basis = _orthonormal(dense_jacobian(fitted)[:, [p.fixed is None for p in model.parameters]])
     labels, sensitivity = model.design.labels["representation"], _eff_sensitivity(fitted)
     entries = []
     for label in sorted(set(labels.tolist()) - {"dense"}):
@@ -51,9 +51,16 @@ def trends(fitted: Fitted) -> list[dict[str, Any]]:
         for axis, coordinate in (("n", model.design.log_n), ("d", model.design.log_d)):
             if np.unique(np.round(coordinate[rows], 6)).size > 1:
                 column = np.where(rows, sensitivity * (coordinate - coordinate[rows].mean()), 0.0)
-                test = _t_test(np.column_stack([jacobian, column]), residual)
+                test = _t_test(basis, column, residual)
                 entries.append({"representation": label, "axis": axis, "n_runs": int(rows.sum()), **test})
     return _holm([entry for entry in entries if entry["p"] is not None])
+
+
+def _orthonormal(matrix: Array) -> Array:
+    """Return an orthonormal basis (R, K) of the columns of a matrix (R, P)."""
+    scaled = matrix / np.maximum(np.linalg.norm(matrix, axis=0), 1e-150)
+    left, singular, _ = np.linalg.svd(scaled, full_matrices=False)
+    return np.asarray(left[:, singular > 1e-10 * singular[0]])
 
 
 def _eff_sensitivity(fitted: Fitted) -> Array:
@@ -63,17 +70,15 @@ def _eff_sensitivity(fitted: Fitted) -> Array:
     return np.asarray(-np.exp(fitted.theta[fitted.model.index["alpha"]]) * size_share)
 
 
-def _t_test(design: Array, target: Array) -> dict[str, Any]:
-    """Regress and test the last column's coefficient against zero."""
-    scale = np.maximum(np.linalg.norm(design, axis=0), 1e-150)
-    coefficients, _, rank, _ = np.linalg.lstsq(design / scale, target, rcond=1e-10)
-    freedom = target.size - int(rank)
-    if freedom < 2 or rank < design.shape[1]:
+def _t_test(basis: Array, column: Array, target: Array) -> dict[str, Any]:
+    """Regress the target on the basis and the column; test the column's coefficient (Frisch-Waugh-Lovell)."""
+    own = column - basis @ (basis.T @ column)
+    rest = target - basis @ (basis.T @ target)
+    norm, freedom = float(own @ own), target.size - basis.shape[1] - 1
+    if freedom < 2 or norm < 1e-16 * float(column @ column):
         return {"slope": None, "standard_error": None, "p": None}
-    variance = float(np.sum((target - design / scale @ coefficients) ** 2)) / freedom
-    inverse = np.linalg.pinv((design / scale).T @ (design / scale), hermitian=True)
-    slope = float(coefficients[-1] / scale[-1])
-    error = float(np.sqrt(variance * inverse[-1, -1]) / scale[-1])
+    slope = float(own @ rest) / norm
+    error = float(np.sqrt(np.sum((rest - slope * own) ** 2) / freedom / norm))
     p = 2 * float(stdtr(freedom, -abs(slope) / error)) if error > 0 else None
     return {"slope": slope, "standard_error": error, "p": p}
 
@@ -127,11 +132,12 @@ def _candidates(fitted: Fitted) -> np.ndarray:
     labels = fitted.model.design.labels["representation"]
     _, inverse, counts = np.unique(labels, return_inverse=True, return_counts=True)
     rows = np.flatnonzero(counts[inverse] > 1)
-    if rows.size > MAX_LEFT_OUT:
+    most = max(20, LEFT_OUT_CELLS // labels.size)
+    if rows.size > most:
         jacobian = dense_jacobian(fitted)
         leverage = np.einsum("rp,pq,rq->r", jacobian, covariance(fitted), jacobian)
         strength = np.abs(fitted.residual) * np.sqrt(leverage)
-        rows = rows[np.argsort(-strength[rows], kind="stable")[:MAX_LEFT_OUT]]
+        rows = rows[np.argsort(-strength[rows], kind="stable")[:most]]
     return rows
 
 
