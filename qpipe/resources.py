@@ -8,7 +8,7 @@ reaches its time limit is requeued and goes on from its checkpoint.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from qpipe.errors import QpipeError
@@ -19,6 +19,7 @@ PROCESS_MB = 1500
 """Resident memory of a trainer before it builds a model (0.7 GB on CPU) and of the Snakemakes around it (MB)."""
 GPU_PROCESS_MB = 4000
 """The same with a CUDA context, compiler workers and pinned buffers (MB)."""
+DEVICES = "QPIPE_DEVICES"
 BYTES_PER_PARAMETER = 20
 FLOATS_PER_FEATURE = 60
 """Floats kept for backward per token, layer and feature of width: 34 of a Llama block, the rest of the quantizers."""
@@ -31,44 +32,62 @@ class Site:
     """What the profile says about the machine that trains (`set-resources: train:`)."""
 
     gpu: bool = False
-    """runs train on a GPU (the profile asks for `gres` or `gpu`)"""
+    """runs train on a GPU (the profile has `gpu_type`, `gpu` or `runs_per_gpu`)"""
+    gpu_type: str = ""
+    """Slurm's name of a GPU: gpu, gpu:h100"""
     tflops: float = 0.02
-    """sustained rate of one run (TFLOP/s)"""
+    """sustained rate of one device (TFLOP/s)"""
     longest: int = 1440
     """longest time a job may ask for (minutes); longer runs are requeued"""
     runs_per_gpu: int | None = None
     """runs that share a GPU on a machine without a scheduler, which then take leases (`qpipe.leases`)"""
+    devices_of: Mapping[str, int] = field(default_factory=dict)
+    """devices of one node that train a run together, by size; one where a size is not named"""
 
     @classmethod
     def from_profile(cls, resources: Mapping[str, Any]) -> "Site":
-        """Read the profile's resources for training: the fields above, `gres` and `gpu` (error: not numbers)."""
-        given = {
-            name: _positive(name, resources[name])
-            for name in ("tflops", "longest", "runs_per_gpu")
-            if name in resources
-        }
-        gpu = any(name in resources for name in ("gres", "gpu", "runs_per_gpu"))
+        """Read the profile's resources for training: the fields above, `devices` as '430M:2 800M:8' (error: others)."""
+        given = {name: str(getattr(value, "raw", value)).strip("'\"") for name, value in resources.items()}
+        number = {name: _positive(name, given[name]) for name in ("tflops", "longest", "runs_per_gpu") if name in given}
+        gpu = any(name in given for name in ("gpu_type", "gpu", "runs_per_gpu"))
         return cls(
             gpu=gpu,
-            tflops=given.get("tflops", 40.0 if gpu else cls.tflops),
-            longest=int(given.get("longest", cls.longest)),
-            runs_per_gpu=int(given["runs_per_gpu"]) if "runs_per_gpu" in given else None,
+            gpu_type=given.get("gpu_type", ""),
+            tflops=number.get("tflops", 40.0 if gpu else cls.tflops),
+            longest=int(number.get("longest", cls.longest)),
+            runs_per_gpu=int(number["runs_per_gpu"]) if "runs_per_gpu" in number else None,
+            devices_of=_counts(given.get("devices", "")),
         )
 
-    @property
-    def environment(self) -> str:
-        """Shell assignments that tell a trainer how it shares the machine."""
-        return "" if self.runs_per_gpu is None else f"{RUNS_PER_GPU}={self.runs_per_gpu}"
+    def devices(self, run: Run) -> int:
+        """Return the devices that train a run together (error: its batch cannot be shared equally)."""
+        count = self.devices_of.get(run.size, 1)
+        if run.training.batch_sequences % count:
+            raise QpipeError(
+                f"profile, set-resources: train: devices: {run.size}:{count}: run {run.id} has "
+                f"{run.training.batch_sequences} sequences per step, not a multiple of {count}"
+            )
+        return count
+
+    def gres(self, run: Run) -> str:
+        """Return Slurm's request for a run's GPUs, empty where the profile names no GPU type."""
+        return f"{self.gpu_type}:{self.devices(run)}" if self.gpu_type else ""
+
+    def environment(self, run: Run, threads: int) -> str:
+        """Return shell assignments that tell a trainer what it may use of the machine."""
+        devices = self.devices(run)
+        settings = {"OMP_NUM_THREADS": max(1, threads // devices), DEVICES: devices, RUNS_PER_GPU: self.runs_per_gpu}
+        return " ".join(f"{name}={value}" for name, value in settings.items() if value is not None)
 
     def memory_mb(self, run: Run, attempt: int) -> int:
         """Return the host memory a job asks for (MB); each attempt asks for as much again."""
         parameters = run.parameters.total * BYTES_PER_PARAMETER
         need = (GPU_PROCESS_MB if self.gpu else PROCESS_MB) + (parameters + self._activations(run)) / 1e6
-        return round(need * attempt)
+        return round(need * self.devices(run) * attempt)
 
     def minutes(self, run: Run, attempt: int) -> int:
         """Return the time a job asks for (minutes), at most `longest`."""
-        seconds = run.flops / (self.tflops * 1e12) + run.steps * STEP_SECONDS
+        seconds = run.flops / (self.tflops * 1e12 * self.devices(run)) + run.steps * STEP_SECONDS
         return min(self.longest, round((START_MINUTES + 2 * seconds / 60) * attempt))
 
     def _activations(self, run: Run) -> float:
@@ -86,9 +105,16 @@ def micro_batch(run: Run) -> int:
     return min(run.training.batch_sequences, max(1, 32768 // shape.context))
 
 
-def _positive(name: str, value: Any) -> float:
+def _counts(text: str) -> dict[str, int]:
+    words = [word.partition(":") for word in text.split()]
+    if wrong := [size for size, _, count in words if not count.isdigit() or int(count) < 1]:
+        raise QpipeError(f"profile, set-resources: train: devices: expected size:count, as in '800M:8', found {wrong}")
+    return {size: int(count) for size, _, count in words}
+
+
+def _positive(name: str, value: str) -> float:
     try:
-        number = float(str(getattr(value, "raw", value)))
+        number = float(value)
     except ValueError:
         number = 0.0
     if not number > 0:

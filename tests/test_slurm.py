@@ -59,13 +59,29 @@ def test_larger_and_longer_runs_ask_for_more_and_retries_for_more_still(runs):
     assert Site(gpu=True, tflops=1e-3).minutes(large, 2) == 1440
 
 
-def test_profile_says_what_trains():
+def test_profile_says_what_trains(runs):
     profile = yaml.safe_load((ROOT / "profiles/slurm/config.yaml").read_text())
     site = Site.from_profile(profile["set-resources"]["train"])
     assert (site.gpu, site.longest) == (True, 1440)
+    assert site.gres(next(iter(runs.values()))) == "gpu:1"
     assert not Site.from_profile({}).gpu
     with pytest.raises(QpipeError, match="tflops: expected a number above 0, found 'fast'"):
         Site.from_profile({"tflops": "fast"})
+
+
+def test_large_sizes_get_several_devices_of_one_node(runs):
+    site = Site.from_profile({"gpu_type": "'gpu:h100'", "devices": "'430M:4 800M:8'", "tflops": 100})
+    small, large = runs["30M"], runs["430M"]
+    assert (site.gres(small), site.gres(large)) == ("gpu:h100:1", "gpu:h100:4")
+    assert site.environment(large, 32) == "OMP_NUM_THREADS=8 QPIPE_DEVICES=4"
+    alone = Site.from_profile({"gpu_type": "gpu", "tflops": 100, "longest": 10**6})
+    together = Site.from_profile({"gpu_type": "gpu", "tflops": 100, "longest": 10**6, "devices": "430M:4"})
+    assert together.minutes(large, 1) < 0.3 * alone.minutes(large, 1)
+    assert together.memory_mb(large, 1) == pytest.approx(4 * alone.memory_mb(large, 1), abs=4)
+    with pytest.raises(QpipeError, match=r"430M:3: run .* has 512 sequences per step"):
+        Site.from_profile({"devices": "430M:3"}).devices(large)
+    with pytest.raises(QpipeError, match=r"expected size:count, as in '800M:8', found \['800M=8'\]"):
+        Site.from_profile({"devices": "800M=8"})
 
 
 def test_profile_avoids_the_traps():

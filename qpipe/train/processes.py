@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qpipe.errors import QpipeError
+from qpipe.resources import DEVICES
 from qpipe.runs import Run
 from qpipe.train.checkpoint import newest_checkpoint
 from qpipe.train.scratch import Scratch, scratch_folder
 
-DEVICES = "QPIPE_DEVICES"
 _ATTEMPT, _CHECKPOINT = "QPIPE_MAIN_ATTEMPT", "QPIPE_MAIN_CHECKPOINT"
 
 

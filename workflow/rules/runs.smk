@@ -42,9 +42,12 @@ rule train:
     threads: 1
     resources:
         mem_mb=lambda wildcards, attempt: SITE.memory_mb(RUNS[wildcards.run], attempt),
+        gres=lambda wildcards: SITE.gres(RUNS[wildcards.run]),
+        # How a run uses the machine is a resource and not a parameter: it must never train a run again.
+        environment=lambda wildcards, threads: SITE.environment(RUNS[wildcards.run], threads),
         runtime=lambda wildcards, attempt: SITE.minutes(RUNS[wildcards.run], attempt),
     message:
         "Training {wildcards.run}"
     shell:
-        "OMP_NUM_THREADS={threads} {SITE.environment} {WANDB} "
+        "{resources.environment} {WANDB} "
         "{QPIPE} train {input.run} {input.tokens} $(dirname {output.record}) >> {log} 2>&1"
