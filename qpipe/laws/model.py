@@ -14,6 +14,9 @@ import numpy as np
 from qpipe.laws.parameters import Array, Parameter, internal_bounds
 from qpipe.laws.parts import Design, Part, Term
 
+LONGEST_STEP = 5.0
+"""Largest change of a logarithm in one step of the solver."""
+
 
 def base_parameters() -> list[Parameter]:
     """Return A, alpha, B, beta, E of the Chinchilla form (2203.15556 eq. 2)."""
@@ -99,6 +102,7 @@ class Model:
         self.shared = len(parameters) - self.groups
         self.lower, self.upper = internal_bounds(parameters)
         self._logarithmic = np.array([p.transform == "log" for p in parameters[: self.shared]])
+        self.longest_step = np.where([p.transform == "log" for p in parameters], LONGEST_STEP, np.inf)
         self.members = self._members()
         self.unit_n = 0.0 if counts else self._unit("n", design.log_n)
         self.unit_d = 0.0 if counts else self._unit("d", design.log_d)

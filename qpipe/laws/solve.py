@@ -255,13 +255,8 @@ class _Searches:
         right = -gradient[:, :p] + (eliminated @ gradient[:, p:, None])[:, :, 0]
         step[:, :p] = _solve(reduced, right)
         step[:, p:] = -(gradient[:, p:] + (cross.transpose(0, 2, 1) @ step[:, :p, None])[:, :, 0]) / groups
-        np.clip(step, -5.0 * model_span(model), 5.0 * model_span(model), out=step)
+        np.clip(step, -model.longest_step, model.longest_step, out=step)
         return step, -0.5 * np.einsum("sp,sp->s", gradient, step)
-
-
-def model_span(model: Model) -> Array:
-    """Return the largest trusted step (P,): a factor e on log scales, anything where a bound is exact."""
-    return np.where([p.transform == "log" for p in model.parameters], 1.0, np.inf)
 
 
 def _solve(matrix: Array, right: Array) -> Array:
