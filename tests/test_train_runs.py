@@ -151,20 +151,21 @@ def test_a_finished_run_is_left_alone(trained: Path, store: TokenStore, caplog: 
 
 
 def test_results_that_cannot_be_written_cost_no_training(
-    trained: Path, store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setenv("QPIPE_CHECKPOINT_SECONDS", "1")
-    (tmp_path / "model.safetensors").mkdir()  # in the way of the weights
-    run = load_record(trained / "record.json").run
+    run, undisturbed, out = small_run("w4a4", steps=20), tmp_path / "undisturbed", tmp_path / "out"
+    train(run, store, undisturbed)
+    monkeypatch.setenv("QPIPE_CHECKPOINT_SECONDS", "0")
+    (out / "model.safetensors").mkdir(parents=True)  # in the way of the weights
     with pytest.raises(QpipeError, match="results cannot be written"):
-        train(run, store, tmp_path)
-    assert not (tmp_path / "record.json").exists()
-    (tmp_path / "model.safetensors").rmdir()
+        train(run, store, out)
+    assert not (out / "record.json").exists()
+    (out / "model.safetensors").rmdir()
     with caplog.at_level(logging.INFO, "qpipe.train"):
-        train(run, store, tmp_path)
-    assert "resumes from step-00000300" in caplog.text
+        train(run, store, out)
+    assert "resumes from step-00000020" in caplog.text
     for name in ("record.json", "model.safetensors", "curve.parquet"):
-        assert (tmp_path / name).read_bytes() == (trained / name).read_bytes()
+        assert (out / name).read_bytes() == (undisturbed / name).read_bytes()
 
 
 def test_another_runs_folder_is_refused(trained: Path, store: TokenStore, tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,10 +20,11 @@ from qpipe.errors import QpipeError
 from qpipe.model import Decoder
 from qpipe.recipe import Training
 from qpipe.runs import Run
-from qpipe.train.data import Batches, BatchStream, mix
+from qpipe.train.data import Batches, BatchStream
 from qpipe.train.history import History
 from qpipe.train.lightning_import import lightning
 from qpipe.train.schedule import learning_rate
+from qpipe.train.seeds import seed_device, step_seed
 from qpipe.train.validation import sequences_at_once
 
 
@@ -88,7 +88,7 @@ class TrainingModule(lightning.LightningModule):
     def training_step(self, tokens: Tensor, _: int) -> None:
         """Take one optimizer step on this process's sequences, shape (sequences, context + 1)."""
         step, optimizer = self.trainer.global_step, self.optimizers()
-        torch.manual_seed(step_seed(self.run.seed, step))
+        seed_device(tokens.device, step_seed(self.run.seed, step))
         self.model.set_progress(step / self.run.steps)
         loss = self._gradients(tokens.long())
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.run.training.clip)
@@ -128,8 +128,3 @@ def parameter_groups(model: nn.Module, training: Training) -> list[dict[str, Any
         {"params": [p for p in parameters if id(p) in decayed], "weight_decay": training.weight_decay},
         {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0},
     ]
-
-
-def step_seed(seed: int, step: int) -> int:
-    """Return the seed of the random numbers that step `step` of a run draws (63 bits)."""
-    return int(mix(mix(np.array([seed], np.uint64)) ^ np.array([step], np.uint64))[0] >> np.uint64(1))

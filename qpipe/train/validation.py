@@ -18,6 +18,7 @@ from qpipe.corpus.store import TokenSplit
 from qpipe.errors import QpipeError
 from qpipe.model import Decoder
 from qpipe.recipe import ModelShape
+from qpipe.train.seeds import seed_device
 
 _BATCH_TOKENS = 32768
 
@@ -106,7 +107,7 @@ class Validation:
         """Return the mean loss over windows (nats/token); `tick(done, all)` is called after each batch."""
         device = next(model.parameters()).device
         total = torch.zeros((), dtype=torch.float64, device=device)
-        torch.manual_seed(self.seed)
+        seed_device(device, self.seed)
         model.eval()
         batches = -(-len(windows.starts) // self.batch)
         for number in range(batches):
