@@ -6,15 +6,12 @@ parameters whose gradient may be zero.
 """
 
 import math
-from statistics import NormalDist
 
 import torch
 from torch import Tensor
 
 from qpipe.compress.scales import root_mean_square
 from qpipe.formats import Mask
-
-_PPF = NormalDist().inv_cdf
 
 
 def sparsity_at(mask: Mask, fraction: float) -> float:
@@ -97,7 +94,7 @@ def gradient_mask(x: Tensor, keep: Tensor, mask: Mask) -> Tensor | None:
         area = torch.special.ndtr(lowest_kept / rms.clamp_min(1e-30)) - 0.5
         inner = rms * torch.special.ndtri(0.5 + (1 - mask.band) * area)
         return (magnitude < inner) | keep
-    by_rms = rms * _PPF(0.5 + mask.band)
+    by_rms = rms * torch.special.ndtri(rms.new_tensor(0.5 + mask.band))
     if mask.backward == "rms":
         return magnitude > by_rms
     return (magnitude < torch.minimum(by_rms, lowest_kept)) | (magnitude > torch.maximum(by_rms, lowest_kept))

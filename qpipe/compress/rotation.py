@@ -25,7 +25,7 @@ def _build(size: int) -> Tensor:
 
 
 INNER = 16
-"""On CPU a block of b is rotated as H_(b/16) X H_16: 16 + b/16 products per number instead of b, and 2.8 times faster."""
+"""On CPU a block of b is rotated as H_(b/16) X H_16: 16 + b/16 products per number, not b; 2.8 times faster."""
 
 
 def rotate(x: Tensor, block: int) -> Tensor:
