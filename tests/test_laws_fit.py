@@ -221,3 +221,41 @@ def test_files_that_are_no_fit_are_refused(tmp_path: object) -> None:
             handle.write(text)
         with pytest.raises(QpipeError, match="not a"):
             Fit.from_json(f"{tmp_path}/bad.json")
+
+
+def test_compression_law_of_dense_runs_alone_is_the_chinchilla_law() -> None:
+    table = chinchilla_rows(60)
+    first, second = fit(table, "compression", bootstrap=0), fit(table, "chinchilla", bootstrap=0)
+    assert first.objective["value"] == pytest.approx(second.objective["value"], rel=1e-9)
+    assert list(first.multipliers) == ["dense"]
+
+
+def test_exact_losses_count_as_converged_and_held_everything_as_nothing_to_fit() -> None:
+    assert fit(compression_world(noise=0.0), bootstrap=0).status["converged"]
+    everything = {**{k: v for k, v in TRUTH["compression"].items() if len(k) < 6}, "eff": 0.5}
+    with pytest.raises(QpipeError, match="nothing to fit"):
+        fit(compression_world(), fix=everything)
+
+
+def test_held_exponents_still_show_agreement_of_several_starts() -> None:
+    result = fit(compression_world(), fix={"alpha": 0.25, "beta": 0.32}, bootstrap=0)
+    assert result.status["converged"]
+    assert result.status["agreeing_starts"] >= 2
+
+
+def test_losses_without_any_law_are_not_called_identified() -> None:
+    table = compression_world()
+    noise = np.random.default_rng(0).uniform(2, 4, len(table))
+    assert not fit(table.assign(loss=noise), bootstrap=0).status["identified"]
+
+
+def test_a_trajectory_of_checkpoints_widens_the_interval_of_its_representation() -> None:
+    """Checkpoints that share one error per trajectory carry the information of one run, not of four."""
+    table = compression_world(noise=0.0)
+    shared = np.repeat(np.random.default_rng(1).normal(0, 0.004, 16), 4)
+    table["loss"] = table["loss"] * np.exp(shared)
+    table["trajectory"] = [f"{row.representation}-{row.n:.0f}" for row in table.itertuples()]
+    alone = fit(table.drop(columns="trajectory"), objective="log-l2", bootstrap=400)
+    together = fit(table, objective="log-l2", bootstrap=400)
+    width = [f.multipliers["f2"]["high"] - f.multipliers["f2"]["low"] for f in (alone, together)]
+    assert width[1] > 1.2 * width[0]

@@ -9,6 +9,8 @@ if TYPE_CHECKING:
 
 SAME = 1e-6
 """Relative difference of objectives below which two searches count as having found the same optimum."""
+EXACT = 1e-20
+"""Objective per run below which a fit is exact to rounding, and its digits are noise."""
 RAY_CORRELATION = 0.995
 """Correlation of log N with log D above which the runs lie on one ray of tokens per parameter."""
 
@@ -43,7 +45,8 @@ def condition_number(fitted: "Fitted") -> float:
 def status(fitted: "Fitted", profiles: dict[str, Any]) -> dict[str, Any]:
     """Return the contract's status: converged, at_bound, identified, agreeing_starts, message, and the evidence."""
     polished = fitted.polished
-    agreeing = int((polished.value <= fitted.value * (1 + SAME) + 1e-300).sum())
+    exact = EXACT * fitted.problem.loss.size
+    agreeing = int((polished.value <= fitted.value * (1 + SAME) + exact).sum())
     winner = int(np.argmin(polished.value))
     others = polished.value[polished.value > fitted.value * (1 + 1e-4)]
     bounds = at_bound(fitted)

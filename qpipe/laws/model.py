@@ -133,7 +133,8 @@ class Model:
         natural = theta[:, : self.shared].copy()
         natural[:, self._logarithmic] = np.exp(natural[:, self._logarithmic])
         if not self.groups:
-            return _Values(natural, self.index, None)
+            none = np.zeros((theta.shape[0], self.members.size)) if self.law.grouped else None
+            return _Values(natural, self.index, none)
         padded = np.concatenate([theta[:, self.shared :], np.zeros((theta.shape[0], 1))], axis=1)
         return _Values(natural, self.index, padded[:, self.members])
 

@@ -42,7 +42,7 @@ class Rows:
 def select_rows(table: pd.DataFrame, law: Law, exclude: Sequence[str] = ()) -> Rows:
     """Apply exclusions and checks (errors: see `_problems`; nothing left; no dense reference)."""
     excluded: list[dict[str, Any]] = []
-    kept = table
+    kept = table if "representation" in table else table.assign(representation="dense")
     for rule in exclude:
         kept = _drop(kept, matching_rows(kept, rule), rule, excluded)
     if "status" in kept:

@@ -98,6 +98,8 @@ def _problem(rows: Rows, law: Law, options: Options) -> Problem:
 
 def _check_degrees(problem: Problem) -> None:
     free = [p.name for p in problem.model.parameters if p.fixed is None]
+    if not free:
+        raise QpipeError("every parameter is held, so there is nothing to fit; leave one --fix out")
     if problem.loss.size <= len(free):
         raise QpipeError(
             f"{problem.loss.size} rows cannot determine {len(free)} free parameters ({', '.join(free)}); add runs, or "

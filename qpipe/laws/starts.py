@@ -18,6 +18,8 @@ ALPHAS = np.geomspace(0.02, 1.6, 16)
 BETAS = np.geomspace(0.02, 1.6, 16)
 MAX_COMBINATIONS = 48
 """Most combinations of starts of the law's own parameters; more are thinned evenly."""
+FEWEST = 8
+"""With held exponents the grid shrinks to a point; this many starts around it still show agreement."""
 BASE = ("A", "alpha", "B", "beta", "E")
 
 
@@ -37,6 +39,9 @@ def grid_starts(problem: Problem, weights: Array) -> Array:
     theta = np.concatenate(starts)
     if model.law.has_gamma:
         theta = _apply_gamma(model, theta)
+    if len(theta) < FEWEST:
+        noise = np.random.default_rng(0).normal(0.0, 0.2, (FEWEST, theta.shape[1]))
+        theta = np.concatenate([theta, theta[np.arange(FEWEST) % len(theta)] + noise])
     held = [(i, p.to_internal(p.fixed)) for i, p in enumerate(model.parameters) if p.fixed is not None]
     for position, value in held:
         theta[:, position] = value
