@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from qpipe.errors import QpipeError
@@ -66,13 +66,25 @@ def visible_gpus() -> list[str]:
 def _place(gpus: list[str], per_gpu: int) -> Iterator[str]:
     folder = Path(tempfile.gettempdir()) / f"qpipe-gpus-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
+    places = {
+        folder / f"{re.sub(r'[^0-9A-Za-z-]', '_', gpu)}.{place}": gpu
+        for place, gpu in itertools.product(range(per_gpu), gpus)
+    }
+    with first_free(places) as taken:
+        yield places[taken]
+
+
+@contextlib.contextmanager
+def first_free(places: Iterable[Path]) -> Iterator[Path]:
+    """Hold the lock of the first place that nobody holds; wait while all are held."""
+    waiting = list(places)
     while True:
-        for place, gpu in itertools.product(range(per_gpu), gpus):
-            with (folder / f"{re.sub(r'[^0-9A-Za-z-]', '_', gpu)}.{place}.lock").open("w") as handle:
+        for place in waiting:
+            with Path(f"{place}.lock").open("w") as handle:
                 try:
                     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
                     continue
-                yield gpu
+                yield place
                 return
         time.sleep(_POLL_SECONDS)

@@ -14,6 +14,7 @@ from typing import Any
 from qpipe.errors import QpipeError
 from qpipe.leases import RUNS_PER_GPU
 from qpipe.runs import Run
+from qpipe.warm import WARM
 
 PROCESS_MB = 1500
 """Resident memory of a trainer before it builds a model (0.7 GB on CPU) and of the Snakemakes around it (MB)."""
@@ -41,6 +42,8 @@ class Site:
     """longest time a job may ask for (minutes); longer runs are requeued"""
     runs_per_gpu: int | None = None
     """runs that share a GPU on a machine without a scheduler, which then take leases (`qpipe.leases`)"""
+    warm: bool = False
+    """runs are trained by warm workers (`qpipe.warm`)"""
     devices_of: Mapping[str, int] = field(default_factory=dict)
     """devices of one node that train a run together, by size; one where a size is not named"""
 
@@ -56,6 +59,7 @@ class Site:
             tflops=number.get("tflops", 40.0 if gpu else cls.tflops),
             longest=int(number.get("longest", cls.longest)),
             runs_per_gpu=int(number["runs_per_gpu"]) if "runs_per_gpu" in number else None,
+            warm=given.get("warm", "0") != "0",
             devices_of=_counts(given.get("devices", "")),
         )
 
@@ -77,6 +81,8 @@ class Site:
         """Return shell assignments that tell a trainer what it may use of the machine."""
         devices = self.devices(run)
         settings = {"OMP_NUM_THREADS": max(1, threads // devices), DEVICES: devices, RUNS_PER_GPU: self.runs_per_gpu}
+        if self.warm and devices == 1:
+            settings[WARM] = 1
         return " ".join(f"{name}={value}" for name, value in settings.items() if value is not None)
 
     def memory_mb(self, run: Run, attempt: int) -> int:

@@ -28,6 +28,7 @@ VERBS: dict[str, str] = {
     "figures": "fit + losses -> figures",
     "report": "tables and figures -> one self-contained HTML page",
     "track": "log the multiplier table to Weights & Biases",
+    "worker": "train runs back to back in one process (started by itself)",
     "schema": "write the JSON schema of study files for editors",
 }
 

@@ -13,6 +13,7 @@ environment:
   QPIPE_WANDB_MODE          online, offline or disabled; QPIPE_WANDB_PROJECT, _ENTITY, _GROUP
   QPIPE_DEVICES             devices that train the run together, a process each (default: 1)
   QPIPE_RUNS_PER_GPU        wait for a free place on a GPU, so many runs sharing one (machines without a scheduler)
+  QPIPE_WARM                1: let a process that has everything loaded train this run (many short runs)
   OMP_NUM_THREADS           CPU threads
 
 example:
@@ -23,6 +24,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from qpipe import warm
 from qpipe.cli.logs import logged_to_stderr
 
 
@@ -35,6 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train; a run that diverges is a result and ends with 0 as well, one stopped by a signal with 1."""
+    if warm.asked_for():
+        return warm.run_in_worker(["train", str(args.run), str(args.tokens), str(args.out)])
     with logged_to_stderr("qpipe.train"):
         from qpipe.leases import leased_gpu
         from qpipe.train.pretrain import train_run
