@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
-from laws_cases import TRUTH, chinchilla_rows, compression_world, covariate_table, plain_loss, quest, t5
+from laws_cases import DATA, TRUTH, chinchilla_rows, compression_world, covariate_table, plain_loss, quest, t5
 from scipy.optimize import minimize
 
 from qpipe.errors import QpipeError
@@ -259,3 +259,16 @@ def test_a_trajectory_of_checkpoints_widens_the_interval_of_its_representation()
     together = fit(table, objective="log-l2", bootstrap=400)
     width = [f.multipliers["f2"]["high"] - f.multipliers["f2"]["low"] for f in (alone, together)]
     assert width[1] > 1.2 * width[0]
+
+
+def test_quartet_gamma_law_beats_the_published_points_of_both_laws() -> None:
+    """2505.14669's notebook: Huber 1e-4 on log loss; its own gamma law and its plain Chinchilla fit."""
+    table = pd.read_csv(DATA / "quartet_dense_losses.csv")
+    n, d = table["n"].to_numpy(float), table["d"].to_numpy(float)
+    plain = 48.59 * n**-0.2293 + 185.7 * d**-0.2820 + 1.898
+    curved = (1.274e5 * n**-0.5785 + 4.658e5 * d**-0.5389) ** 0.2764 + 1.3408
+    for law, published in (("chinchilla", plain), ("gamma", curved)):
+        result = fit(table, law, delta=1e-4, bootstrap=0)
+        assert result.objective["value"] < huber(np.log(published / table["loss"].to_numpy()), 1e-4)
+        assert result.status["converged"]
+    assert result.parameters["gamma"] == pytest.approx(0.2764, abs=0.1)
