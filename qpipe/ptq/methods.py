@@ -20,7 +20,7 @@ class Method(BaseModel):
     columns: int = Field(ge=0, description="input columns per group; 0 for the whole width")
     clustered: bool = Field(default=False, description="sort rows by sensitivity into clusters before cutting groups")
     codebook: Kind = Field(description="levels of each depth")
-    offset: bool = Field(description="give each group an offset beside its scale (16 bits)")
+    offset: bool = Field(default=False, description="give each group an offset beside its scale (16 bits)")
     rotation: int = Field(default=0, ge=0, description="block of the Hadamard rotation of the inputs; 0 for none")
     allocation: Allocator = Field(description="who decides the depths")
     probe: Literal["hidden", "loss"] = Field(
@@ -31,9 +31,6 @@ class Method(BaseModel):
         default=0, ge=0, description="principal components of the hidden state that probes span; 0 for all directions"
     )
     positions: int = Field(default=0, ge=0, description="tokens per sequence that probes touch; 0 for all")
-    weighted_fit: bool = Field(
-        default=False, description="weight errors by sensitivity also inside a group, when scales are searched"
-    )
     feedback: bool = Field(default=False, description="push each column's error to later columns (GPTQ)")
     damping: float = Field(default=0.01, gt=0, description="share of the mean diagonal added to GPTQ's Hessian")
     bias_correction: bool = Field(default=False, description="add a bias that keeps each output's mean")
@@ -59,7 +56,7 @@ class Method(BaseModel):
     @property
     def needs_sensitivities(self) -> bool:
         """Whether gradient second moments are measured."""
-        return self.allocation in ("closed-form", "table", "measured", "exact") or self.weighted_fit
+        return self.allocation in ("closed-form", "table", "measured", "exact")
 
     @property
     def streams(self) -> bool:
@@ -77,35 +74,18 @@ METHODS: dict[str, Method] = {
     for method in (
         Method(
             name="cvxq",
-            rows=256,
+            rows=512,
             columns=1,
             clustered=True,
             codebook="lloyd-max",
-            offset=True,
             allocation="measured",
-            bias_correction=True,
-            iterations=4,
-        ),
-        Method(name="rtn", rows=1, columns=128, codebook="uniform", offset=True, allocation="uniform"),
-        Method(
-            name="gptq",
-            rows=1,
-            columns=128,
-            codebook="uniform",
-            offset=True,
-            allocation="uniform",
             feedback=True,
-            sequences=64,
+            iterations=2,
+            sequences=32,
         ),
-        Method(
-            name="higgs",
-            rows=1,
-            columns=1024,
-            codebook="lloyd-max",
-            offset=False,
-            rotation=1024,
-            allocation="layer",
-        ),
+        Method(name="rtn", rows=1, columns=128, codebook="uniform", allocation="uniform"),
+        Method(name="gptq", rows=1, columns=128, codebook="uniform", allocation="uniform", feedback=True, sequences=64),
+        Method(name="higgs", rows=1, columns=1024, codebook="lloyd-max", rotation=1024, allocation="layer"),
     )
 }
 

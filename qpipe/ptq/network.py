@@ -45,6 +45,11 @@ class Source:
     digest: str
     record: Record | None = None
 
+    @property
+    def name(self) -> str:
+        """Run id, or the model type."""
+        return self.record.id if self.record else str(self.description["config"]["model_type"])
+
 
 class Network(nn.Module):
     """A decoder whose block linears can be quantized.

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from qpipe.errors import QpipeError
 from qpipe.files import replacing
 from qpipe.formats import from_canonical
+from qpipe.identity import canonical_json
 from qpipe.model import Decoder
 from qpipe.ptq.groups import Layout, plain_layout
 from qpipe.ptq.layer import QuantizedLayer, depth_bits
@@ -120,7 +121,7 @@ def write_packed(path: Path, layers: dict[str, QuantizedLayer], description: dic
     header = {"version": VERSION, "model": description, "layers": described}
     try:
         with replacing(path) as temporary:
-            safetensors.torch.save_file(tensors, temporary, metadata={_KEY: json.dumps(header)})
+            safetensors.torch.save_file(tensors, temporary, metadata={_KEY: canonical_json(header)})
             temporary.chmod(0o644)
     except (OSError, safetensors.SafetensorError) as error:
         raise QpipeError(f"{path} cannot be written: {error}; make room and run the same command again") from error
@@ -141,6 +142,12 @@ def remaining_tensors(model: nn.Module, quantized: dict[str, Any]) -> dict[str, 
         fits = value.numel() == 0 or float(value.abs().max()) <= 65504
         found[name] = value.detach().to(torch.float16 if fits else torch.bfloat16).cpu().contiguous()
     return found
+
+
+def header_bytes(model: nn.Module, quantized: dict[str, Any]) -> int:
+    """Return a bound on what a packed file holds beside its data: names, shapes, descriptions, bytes filled up."""
+    entries = sum(len(name) + 100 for name in model.state_dict())
+    return 3000 + entries + sum(5 * (len(name) + 110) + 200 for name in quantized)
 
 
 def read_packed(path: Path) -> PackedModel:

@@ -5,6 +5,7 @@ layer by layer. Rates hold everything a choice changes (codes, the scale that a 
 the same for every choice (offsets, depth indices, clusters, biases) is taken from the budget beforehand.
 """
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,7 +32,8 @@ _DEPTHS = np.arange(MAX_DEPTH + 1)
 _EIGHTHS = np.arange(0, MAX_DEPTH + 0.0625, 0.125)
 """Average depths of a layer that the per-layer allocator chooses from."""
 _IMPORTANCE_FLOOR = 0.01
-"""Share of the layer's mean sensitivity that every weight has at least: estimates from few samples touch 0."""
+"""Share of the layer's mean sensitivity that every group has at least: estimates from few samples touch 0."""
+_REFINEMENTS = 6
 
 
 @dataclass
@@ -48,6 +50,9 @@ class LayerTask:
         Groups; block of the rotation (0: none).
     adds_bias
         Whether the method adds a bias that the model did not have.
+    errors
+        Squared error of every group at every depth, (groups, 9), float64, once it has been measured. It depends on the
+        weight and the layout alone, so it serves any number of rounds.
     """
 
     weight: Tensor
@@ -55,20 +60,18 @@ class LayerTask:
     layout: Layout
     rotation: int
     adds_bias: bool
+    errors: Array | None = None
 
-    def gathered_importance(self, weighted: bool) -> Tensor:
-        """Return the weight of each error by group: sensitivities, their mean in the group, or ones."""
+    def group_importance(self) -> Tensor:
+        """Return the mean squared sensitivity of each group, shape (groups,); ones where nothing was measured."""
         if self.importance is None:
-            return torch.ones(self.layout.groups, self.layout.size, device=self.weight.device)
-        groups = self.layout.gather(self.importance)
-        groups = groups.clamp_min(_IMPORTANCE_FLOOR * float(groups.mean()))
-        return groups if weighted else groups.mean(dim=1, keepdim=True).expand_as(groups).contiguous()
+            return torch.ones(self.layout.groups, device=self.weight.device)
+        groups = self.layout.gather(self.importance).mean(dim=1)
+        return groups.clamp_min(_IMPORTANCE_FLOOR * float(groups.mean()))
 
     def fixed_bits(self, method: Method) -> int:
-        """Bits that every choice of depths spends."""
-        several = 2 if method.allocation in ("uniform", "layer") else MAX_DEPTH + 1
-        bits = self.layout.groups * depth_bits(several) + self.layout.index_bits()
-        bits += self.layout.groups * SCALE_BITS if method.offset else 0
+        """Bits that every choice of depths spends, without the indices of the depths."""
+        bits = self.layout.index_bits() + (self.layout.groups * SCALE_BITS if method.offset else 0)
         return bits + (len(self.weight) * SCALE_BITS if self.adds_bias else 0)
 
 
@@ -93,16 +96,25 @@ class Plan:
     gap: float | None
     gain: float | None
 
+    def digest(self) -> str:
+        """Return a digest of the depths."""
+        found = hashlib.sha256()
+        for name, depth in self.depths.items():
+            found.update(name.encode() + depth.cpu().numpy().tobytes())
+        return found.hexdigest()[:16]
 
-def make_task(weight: Tensor, importance: Tensor | None, method: Method, has_bias: bool) -> LayerTask:
-    """Cut a layer (out, in) into the method's groups."""
+
+def make_task(
+    weight: Tensor, importance: Tensor | None, method: Method, has_bias: bool, layout: Layout | None = None
+) -> LayerTask:
+    """Cut a layer (out, in) into the method's groups, or into given ones."""
     rotation = rotation_block(method.rotation, weight.shape[1])
     if rotation:
         weight = rotate(weight, rotation)
-    if method.clustered:
+    if layout is None and method.clustered:
         reference = torch.ones_like(weight) if importance is None else importance
         layout = clustered_layout(weight, reference, method.rows, method.columns)
-    else:
+    elif layout is None:
         layout = plain_layout(len(weight), weight.shape[1], method.rows, method.columns, weight.device)
     return LayerTask(weight, importance, layout, rotation, method.bias_correction and not has_bias)
 
@@ -131,16 +143,41 @@ class Planner:
 
     def plan(self, bits: float, payload_only: bool) -> Plan:
         """Choose depths for an average of `bits` per weight (error: fewer bits than the smallest choice takes)."""
-        rates = self.sizes[:, None] * _DEPTHS if payload_only else self.rates
+        rates = (self.sizes[:, None] * _DEPTHS if payload_only else self.rates).astype(np.float64)
         budget = bits * self.weights - (0 if payload_only else self.fixed)
         if budget < rates[:, 0].sum():
             least = (self.fixed + float(self.rates[:, 0].sum())) / self.weights
             raise QpipeError(
-                f"{bits:g} bits per weight asked for, but offsets, depths and biases alone take {least:.3f}; "
+                f"{bits:g} bits per weight asked for, but offsets, clusters and biases alone take {least:.3f}; "
                 "ask for more bits or for larger groups (rows, columns)"
             )
-        choice, gap = self._choose(rates.astype(np.float64), budget)
+        choice, gap = self._choose(rates, budget) if payload_only else self._with_indices(rates, budget)
         return Plan(self._by_layer(choice), self._predict(choice), gap, self._gain())
+
+    def _with_indices(self, rates: Array, budget: float) -> tuple[NDArray[np.int64], float | None]:
+        """Choose depths whose indices fit in the budget too.
+
+        How many bits an index takes follows from the choice. The reserve for indices starts at its most and is set to
+        what the last choice needed; of the choices that fit the one that spends most is kept.
+        """
+        rows = np.arange(len(rates))
+        most = depth_bits(MAX_DEPTH + 1)
+        reserve = float(min(len(rates) * most, budget - rates[:, 0].sum()))
+        best, spent = None, -1.0
+        for _ in range(_REFINEMENTS):
+            choice, gap = self._choose(rates, budget - reserve)
+            needed = self._index_bits(choice)
+            total = float(rates[rows, choice].sum()) + needed
+            if spent < total <= budget:
+                best, spent = (choice, gap), total
+            if needed == reserve:
+                break
+            reserve = float(needed)
+        assert best is not None  # the first choice has reserved enough, or has one depth and needs no index
+        return best
+
+    def _index_bits(self, choice: NDArray[np.int64]) -> int:
+        return sum((part.stop - part.start) * depth_bits(len(np.unique(choice[part]))) for part in self._slices())
 
     def _choose(self, rates: Array, budget: float) -> tuple[NDArray[np.int64], float | None]:
         allocation = self.method.allocation
@@ -177,9 +214,10 @@ class Planner:
         return self.scores[:, None] * self.sizes[:, None] * shape
 
     def _measured_costs(self, task: LayerTask) -> Array:
-        importance = task.gathered_importance(self.method.weighted_fit)
-        costs = depth_costs(task.layout.gather(task.weight), importance, self.method.codebook, self.method.offset)
-        return costs.double().cpu().numpy()
+        if task.errors is None:
+            errors = depth_costs(task.layout.gather(task.weight), self.method.codebook, self.method.offset)
+            task.errors = errors.double().cpu().numpy()
+        return task.errors * task.group_importance().double().cpu().numpy()[:, None]
 
     def _relative_costs(self, name: str, task: LayerTask, coefficient: float) -> Array:
         costs = self._measured_costs(LayerTask(task.weight, None, task.layout, task.rotation, task.adds_bias))
@@ -194,7 +232,7 @@ class Planner:
             center = groups.mean(dim=1, keepdim=True) if self.method.offset else 0.0
             variance = (groups - center).square().mean(dim=1)
             if task.importance is not None and self.method.allocation != "variance":
-                variance = variance * task.gathered_importance(weighted=False)[:, 0]
+                variance = variance * task.group_importance()
             scores.append(variance.double().cpu().numpy())
         return np.concatenate(scores)
 

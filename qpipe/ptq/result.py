@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from qpipe.errors import QpipeError
 from qpipe.files import write_text
 from qpipe.ptq.methods import Method
-from qpipe.record import Record
+from qpipe.record import Record, loss_row
 
 RESULT, PACKED, RUNTIME = "ptq.json", "packed.safetensors", "runtime.json"
 
@@ -56,12 +56,14 @@ class PtqResult(_Frozen):
     allocation_gap: float | None = Field(description="allocation's cost is at most this share above the optimum")
     partition_gain: float | None = Field(description="bits per weight that groups save by the closed form (gamma)")
     predicted_distortion: float | None = Field(description="predicted error of the probed output per token")
-    measured_distortion: float | None = Field(description="measured on the selection split, same unit")
-    selection_loss: float | None = Field(description="on held-out calibration text, of the weights as stored")
-    dense_loss: float | None = Field(description="loss of the checkpoint on the validation split")
-    loss: float | None = Field(description="loss of the packed file, reloaded, on the validation split")
-    perplexity: float | None = Field(description="exp(loss)")
-    validation_tokens: int | None = Field(description="tokens both losses are averaged over (count)")
+    measured_distortion: float | None = Field(default=None, description="measured on the selection split, same unit")
+    selection_loss: float | None = Field(
+        default=None, description="on held-out calibration text, of the weights as stored"
+    )
+    dense_loss: float | None = Field(default=None, description="loss of the checkpoint on the validation split")
+    loss: float | None = Field(default=None, description="loss of the packed file, reloaded, on the validation split")
+    perplexity: float | None = Field(default=None, description="exp(loss)")
+    validation_tokens: int | None = Field(default=None, description="tokens both losses are averaged over (count)")
     layers: dict[str, LayerResult]
 
     @property
@@ -78,26 +80,17 @@ class PtqResult(_Frozen):
                 "loss have a row in the loss table"
             )
         dense = self.record
-        return {
+        per_byte = None if dense.bits_per_byte is None or not dense.loss else dense.bits_per_byte / dense.loss
+        return loss_row(dense) | {
             "run": f"{dense.id}-{self.label}-s{self.seed}-{self.identity}",
-            "size": dense.run.size,
-            "n": dense.n,
-            "d": dense.d,
             "representation": self.label,
             "loss": self.loss,
-            "seed": dense.run.seed,
-            "status": "ok",
-            "bits_per_byte": None
-            if dense.bits_per_byte is None or not dense.loss
-            else (self.loss * dense.bits_per_byte / dense.loss),
-            "train_loss": dense.train_loss,
-            "flops": dense.flops,
+            "bits_per_byte": None if per_byte is None else self.loss * per_byte,
+            "train_loss": None,
             "bits_per_weight": self.bits_per_weight,
             "payload_bits": self.payload_bits,
             "n_compressed": dense.run.parameters.blocks_linear,
-            "n_embedding": dense.n_embedding,
-            "learning_rate": dense.run.training.learning_rate,
-            "steps": dense.steps,
+            "w_bits": self.payload_bits,
         }
 
     def write(self, path: Path) -> None:

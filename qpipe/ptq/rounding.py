@@ -1,11 +1,11 @@
 """From depths to codes: every layer rounded on its own, or block by block with the layers' inputs at hand."""
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import safetensors
 import safetensors.torch
-import torch
 from torch import Tensor, nn
 
 from qpipe.files import replacing
@@ -32,13 +32,10 @@ def round_layer(task: LayerTask, depth: Tensor, method: Method, inputs: Inputs |
     depth
         Bits per weight of each group, shape (groups,).
     inputs
-        What the layer is fed; needed for error feedback.
+        What the layer is fed; with second moments errors are fed back, without each weight is rounded on its own.
     """
     groups = task.layout.gather(task.weight)
-    importance = task.gathered_importance(method.weighted_fit)
-    if method.feedback:
-        assert inputs is not None
-        assert inputs.second_moment is not None
+    if inputs is not None and inputs.second_moment is not None:
         fit, codes = round_with_feedback(
             task.weight,
             inputs.second_moment,
@@ -46,11 +43,10 @@ def round_layer(task: LayerTask, depth: Tensor, method: Method, inputs: Inputs |
             depth,
             method.codebook,
             method.offset,
-            task.layout.scatter(importance),
             method.damping,
         )
     else:
-        fit = fit_groups(groups, importance, depth, method.codebook, method.offset)
+        fit = fit_groups(groups, depth, method.codebook, method.offset)
         codes = encode(groups, fit, tables(method.codebook, groups.device))
     return QuantizedLayer(
         task.layout, method.codebook, method.offset, task.rotation, depth, fit.scale, fit.offset, codes
@@ -128,7 +124,7 @@ class Pieces:
     folder
         Scratch.
     identity
-        Of the whole work and the depths it settled on; pieces of another are not used.
+        Of the whole work and its depths; pieces of another are not used.
     """
 
     def __init__(self, folder: Path, identity: str) -> None:
@@ -150,8 +146,6 @@ class Pieces:
 
     def read(self, number: int) -> dict[str, QuantizedLayer] | None:
         """Return a kept block, or None where there is none of this work."""
-        import json
-
         try:
             with safetensors.safe_open(self._path(number), framework="pt") as file:
                 metadata = file.metadata()
@@ -166,10 +160,3 @@ class Pieces:
             parts = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             layers[name] = unpack_layer(parts, described)
         return layers
-
-
-@torch.no_grad()
-def hidden_error(reference: list[Tensor], other: list[Tensor]) -> float:
-    """Return the mean squared distance per token between hidden states, lists of (M, D)."""
-    squared = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(reference, other, strict=True))
-    return squared / sum(len(part) for part in reference)

@@ -10,7 +10,6 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor
 
 from qpipe.files import replacing, write_text
 from qpipe.ptq.groups import Layout
@@ -22,51 +21,55 @@ _FILE = "rounds.safetensors"
 
 
 @dataclass
-class Kept:
-    """Groups and depths of a round."""
-
-    layouts: dict[str, Layout]
-    plan: Plan
-
-
-@dataclass
 class Progress:
-    """Rounds of measuring and quantizing that are done."""
+    """Rounds of measuring and quantizing that are done.
+
+    Attributes
+    ----------
+    sensitivity
+        Sums over all rounds.
+    layouts
+        Groups of each layer, formed in the first round.
+    rounds, best_loss
+        Rounds done (count); least held-out loss (nats/token).
+    best, latest
+        Depths of the round with that loss, and of the last round.
+    """
 
     sensitivity: Sensitivity = field(default_factory=Sensitivity)
+    layouts: dict[str, Layout] = field(default_factory=dict)
     rounds: int = 0
     best_loss: float = float("inf")
-    best: Kept | None = None
-    latest: Kept | None = None
+    best: Plan | None = None
+    latest: Plan | None = None
 
-    def take(self, rounds: int, loss: float, tasks: dict[str, LayerTask], plan: Plan) -> None:
+    def take(self, loss: float, tasks: dict[str, LayerTask], plan: Plan) -> None:
         """Take in a round; the first one counts as best even if its loss is not finite."""
-        self.rounds = rounds
-        self.latest = Kept({name: task.layout for name, task in tasks.items()}, plan)
+        self.rounds += 1
+        self.layouts = {name: task.layout for name, task in tasks.items()}
+        self.latest = plan
         if self.best is None or loss < self.best_loss:
-            self.best, self.best_loss = self.latest, loss
+            self.best, self.best_loss = plan, loss
 
 
 def write_progress(folder: Path, identity: str, progress: Progress) -> None:
     """Keep the rounds done so far durably."""
     tensors = {f"sums/{name}": value for name, value in progress.sensitivity.sums.items()}
+    tensors |= {f"cluster/{name}": layout.cluster for name, layout in progress.layouts.items()}
     described: dict[str, Any] = {
         "identity": identity,
         "rounds": progress.rounds,
         "best_loss": progress.best_loss,
         "tokens": progress.sensitivity.tokens,
+        "groups": {name: [layout.rows, layout.columns, layout.width] for name, layout in progress.layouts.items()},
     }
-    for label, kept in (("best", progress.best), ("latest", progress.latest)):
-        assert kept is not None
-        tensors |= {f"{label}/cluster/{name}": layout.cluster.clone() for name, layout in kept.layouts.items()}
-        tensors |= {f"{label}/depth/{name}": depth.clone() for name, depth in kept.plan.depths.items()}
-        groups = {name: [layout.rows, layout.columns, layout.width] for name, layout in kept.layouts.items()}
-        plan = {"predicted": kept.plan.predicted, "gap": kept.plan.gap, "gain": kept.plan.gain}
-        described[label] = {"groups": groups, "plan": plan}
+    for label, plan in (("best", progress.best), ("latest", progress.latest)):
+        assert plan is not None
+        tensors |= {f"{label}/{name}": depth.clone() for name, depth in plan.depths.items()}
+        described[label] = {"predicted": plan.predicted, "gap": plan.gap, "gain": plan.gain}
     with replacing(folder / _FILE) as temporary:
-        safetensors.torch.save_file(
-            {name: value.cpu() for name, value in tensors.items()}, temporary, metadata={"qpipe": json.dumps(described)}
-        )
+        stored = {name: value.cpu().contiguous() for name, value in tensors.items()}
+        safetensors.torch.save_file(stored, temporary, metadata={"qpipe": json.dumps(described)})
 
 
 def read_progress(folder: Path, identity: str, device: torch.device) -> Progress | None:
@@ -79,30 +82,20 @@ def read_progress(folder: Path, identity: str, device: torch.device) -> Progress
         return None
     if described["identity"] != identity:
         return None
-    sums = {name.removeprefix("sums/"): value for name, value in tensors.items() if name.startswith("sums/")}
-    return Progress(
-        Sensitivity(sums, described["tokens"]),
-        described["rounds"],
-        described["best_loss"],
-        *(_kept(label, described[label], tensors) for label in ("best", "latest")),
-    )
-
-
-def _kept(label: str, described: dict[str, Any], tensors: dict[str, Tensor]) -> Kept:
+    names = described["groups"]
     layouts = {
-        name: Layout(rows, columns, tensors[f"{label}/cluster/{name}"], width)
-        for name, (rows, columns, width) in described["groups"].items()
+        name: Layout(rows, columns, tensors[f"cluster/{name}"], width) for name, (rows, columns, width) in names.items()
     }
-    depths = {name: tensors[f"{label}/depth/{name}"] for name in layouts}
-    return Kept(layouts, Plan(depths, **described["plan"]))
+    plans = (Plan({n: tensors[f"{label}/{n}"] for n in names}, **described[label]) for label in ("best", "latest"))
+    sums = Sensitivity({name: tensors[f"sums/{name}"] for name in names}, described["tokens"])
+    return Progress(sums, layouts, described["rounds"], described["best_loss"], *plans)
 
 
-def write_runtime(path: Path, device: torch.device, seconds: float, parts: dict[str, float]) -> None:
-    """Write `runtime.json`: seconds in all and by part, peak memory (bytes), device, versions."""
+def write_runtime(path: Path, device: torch.device, seconds: dict[str, float]) -> None:
+    """Write `runtime.json`: seconds by part, peak memory (bytes), device, versions."""
     on_gpu = device.type == "cuda"
     found = {
         "seconds": seconds,
-        "parts": parts,
         "device": device_name(device),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "peak_device_memory_bytes": torch.cuda.max_memory_allocated(device) if on_gpu else None,
