@@ -157,7 +157,8 @@ def last_words(run_id: str, study: str, logs: Path) -> str | None:
         return reasons[0]
     if not lines or lines[-1].startswith(_ORDERLY):
         return None
-    return lines[-1]
+    messages = [number for number, line in enumerate(lines) if line.startswith("qpipe train:")]
+    return " ".join(lines[messages[-1] :]) if messages else lines[-1]
 
 
 def _lines(path: Path) -> list[str]:

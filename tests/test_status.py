@@ -73,9 +73,9 @@ def test_each_stage(study):
     finish(runs[1], results, 10, "diverged")
     beat(runs[2], results, 5)
     log(runs[2], logs, "step 5/80\n")
-    log(runs[3], logs, "12:00:00 step 1/160\nqpipe train: the disk is full\n")
+    log(runs[3], logs, "12:00:00 step 1/160\nqpipe train:\n  - the disk is full\n  - and slow\n")
     assert stages(study) == ["done", "diverged", "running", "failed"]
-    assert study_status(*study).runs[3].error == "qpipe train: the disk is full"
+    assert study_status(*study).runs[3].error == "qpipe train: - the disk is full - and slow"
     assert stages(study, {runs[3].id: "17"})[3] == "queued"  # submitted again
 
 

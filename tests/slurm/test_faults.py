@@ -8,6 +8,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 
@@ -19,7 +21,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.workflow]
 
 RUNS = (
     STUDY.replace("sizes: [10k, 30k]", "sizes: [10k]")
-    .replace("tokens: [8192, 16384]", "tokens: [393216]")
+    .replace("tokens: [8192, 16384]", "tokens: [196608]")
     .replace("representations: [dense, w4]", "representations: [dense]\nseeds: {seeds}")
 )
 
@@ -68,6 +70,13 @@ def wait_for_training(clone: Clone, seconds: float = 180) -> list[str]:
     return clone.runs()
 
 
+def slow_down(clone: Clone, seconds: float) -> None:
+    """Make every step of a clone's trainers take this much longer; results do not depend on the clock."""
+    code, step = clone.folder / "qpipe/train/module.py", "        optimizer.step()\n"
+    assert step in code.read_text()
+    code.write_text(code.read_text().replace(step, f"{step}        __import__('time').sleep({seconds})\n"))
+
+
 def job_of(run: str) -> str:
     return slurm.squeue("--name", run, "--states", "running")[0]
 
@@ -111,7 +120,7 @@ def test_memory_grows_on_retry(study, peaceful):
     assert_as_in_peace(clone, peaceful)
 
 
-@pytest.mark.parametrize("partition", ["requeue", "cancel"])
+@pytest.mark.parametrize("partition", ["cancel", pytest.param("requeue", marks=pytest.mark.slow)])
 def test_preempted(partition, study, peaceful):
     clone = study(1, slurm_partition=partition)
     process = clone.start("runs")
@@ -142,6 +151,7 @@ def test_lost_node_leaves_an_orphan_that_publishes_nothing(lab, study, peaceful)
     assert attempts(clone, run) == 2
 
 
+@pytest.mark.slow
 def test_interrupted_snakemake_cancels_its_jobs_and_the_next_one_resumes(study, peaceful):
     clone = study(1)
     process = clone.start("runs")
@@ -156,6 +166,7 @@ def test_interrupted_snakemake_cancels_its_jobs_and_the_next_one_resumes(study, 
 
 def test_killed_snakemake_leaves_jobs_that_the_next_one_refuses_to_double(study, peaceful):
     clone = study(1)
+    slow_down(clone, 0.03)
     process = clone.start("runs")
     wait_for_training(clone)
     second = clone.snakemake("runs", check=False)  # two Snakemakes in one folder
@@ -176,6 +187,7 @@ def test_killed_snakemake_leaves_jobs_that_the_next_one_refuses_to_double(study,
     assert_as_in_peace(clone, peaceful)
 
 
+@pytest.mark.slow
 def test_results_that_a_shared_disk_shows_late_are_waited_for(study, peaceful):
     clone = study(1)
     rules = clone.folder / "workflow/rules/runs.smk"
@@ -189,13 +201,18 @@ def test_results_that_a_shared_disk_shows_late_are_waited_for(study, peaceful):
 
 
 def test_failing_run_does_not_block_others_and_is_named(study):
-    clone = study(2)
+    clone = study(2, retries=0)
     clone.snakemake("results/smoke/study.yaml")
     broken, whole = clone.runs()
     (clone.folder / "results/smoke/runs" / broken / "run.yaml").write_text("not: a run\n")
     said = clone.snakemake("runs", check=False)
     assert broken in said
     assert [(clone.results / "runs" / run / "record.json").exists() for run in (broken, whole)] == [False, True]
+    environment = {**clone.environment, "PATH": "/usr/bin:/bin"}
+    command = [sys.executable, "-m", "qpipe", "status", "study.yaml", "--json"]
+    status = json.loads(subprocess.run(command, cwd=clone.folder, env=environment, capture_output=True).stdout)
+    assert (status["failed"], status["done"]) == (1, 1)
+    assert next(run for run in status["runs"] if run["id"] == broken)["error"].startswith("qpipe train:")
 
 
 @pytest.mark.slow
@@ -207,12 +224,7 @@ def test_time_limit_is_announced_and_a_slow_checkpoint_still_gets_written(study,
     slow = "            torch.save(checkpoint, temporary)\n"
     assert slow in code.read_text()
     code.write_text(code.read_text().replace(slow, slow + "            time.sleep(12)\n"))
-    step = clone.folder / "qpipe/train/module.py"
-    step.write_text(
-        step.read_text().replace(
-            "        optimizer.step()\n", "        optimizer.step()\n        __import__('time').sleep(0.06)\n"
-        )
-    )
+    slow_down(clone, 0.12)
     clone.extra["QPIPE_CHECKPOINT_SECONDS"] = "600"
     said = finish(clone.start("runs"), clone, 800)
     assert_as_in_peace(clone, peaceful)
