@@ -295,7 +295,7 @@ def test_wrong_input_is_refused_and_nothing_is_written(place, tmp_path, capsys):
     )
     message = refused(capsys, run, out, "--bits", 3, "--tokens", tokens, "--set", "sequences=4000")
     assert "too short" in message
-    assert "8032 sequences" in message
+    assert "8064 sequences" in message
     assert not out.exists()
 
 

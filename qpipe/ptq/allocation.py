@@ -42,8 +42,8 @@ class Allocation(NamedTuple):
     """the cost is at most this share above the best possible one"""
 
 
-def allocate(costs: Array, rates: Array, budget: float) -> Allocation:
-    """Choose one menu entry per group.
+class Allocator:
+    """Chooses one menu entry per group, at any budget; the hulls are found once.
 
     Parameters
     ----------
@@ -51,30 +51,54 @@ def allocate(costs: Array, rates: Array, budget: float) -> Allocation:
         Distortion of each entry, shape (groups, menu), finite, not negative.
     rates
         Stored bits of each entry, same shape, increasing along the menu.
-    budget
-        Most bits in total.
-
-    Raises
-    ------
-    QpipeError
-        The budget is below the sum of the cheapest entries.
     """
-    least = float(rates[:, 0].sum())
-    if budget < least:
-        raise QpipeError(
-            f"a budget of {budget:,.0f} bits does not even hold the smallest choice of {least:,.0f} bits; "
-            "ask for more bits, or for larger groups, which need fewer scales"
-        )
-    slopes = hull_slopes(costs, rates)
-    price = _bisect(slopes, rates, budget)
-    choice = _walk(slopes, price)
-    # At the price itself several segments may end; the walk above takes none of them, so that it always fits.
-    bound = _dual_value(costs, rates, price, budget)
-    choice = _repair(choice, costs, rates, budget)
-    rows = np.arange(len(choice))
-    cost = float(costs[rows, choice].sum())
-    gap = 0.0 if cost <= bound else (cost - bound) / bound if bound > 0 else math.inf
-    return Allocation(choice, float(rates[rows, choice].sum()), cost, price, gap)
+
+    def __init__(self, costs: Array, rates: Array) -> None:
+        self.costs, self.rates = costs, rates
+        self.slopes = hull_slopes(costs, rates)
+        self.prices = np.unique(self.slopes[np.isfinite(self.slopes) & (self.slopes > 0)])
+        self._rows = np.arange(len(costs))
+
+    def choose(self, budget: float) -> Allocation:
+        """Return the choice for a budget of bits in total (error: less than the cheapest entries take)."""
+        least = float(self.rates[:, 0].sum())
+        if budget < least:
+            raise QpipeError(
+                f"a budget of {budget:,.0f} bits does not even hold the smallest choice of {least:,.0f} bits; "
+                "ask for more bits, or for larger groups, which need fewer scales"
+            )
+        price = self._bisect(budget)
+        # At the price itself several segments may end; the walk takes none of them, so that it always fits.
+        bound = self._dual_value(price, budget)
+        choice = _repair(_walk(self.slopes, price), self.costs, self.rates, budget)
+        cost = float(self.costs[self._rows, choice].sum())
+        gap = 0.0 if cost <= bound else (cost - bound) / bound if bound > 0 else math.inf
+        return Allocation(choice, self._rate(choice), cost, price, gap)
+
+    def _rate(self, choice: Depths) -> float:
+        return float(self.rates[self._rows, choice].sum())
+
+    def _bisect(self, budget: float) -> float:
+        """Return the lowest price at which the walk stays within the budget (0: everything fits)."""
+        if self._rate(_walk(self.slopes, 0.0)) <= budget:
+            return 0.0
+        low, high = -1, len(self.prices) - 1  # above the largest slope only first entries remain, and they fit
+        while high - low > 1:
+            middle = (low + high) // 2
+            fits = self._rate(_walk(self.slopes, float(self.prices[middle]))) <= budget
+            low, high = (low, middle) if fits else (middle, high)
+        return float(self.prices[high])
+
+    def _dual_value(self, price: float, budget: float) -> float:
+        """Return the Lagrangian's minimum, a lower bound on the cost of every choice within the budget."""
+        if price == 0.0:
+            return float(self.costs.min(axis=1).sum())
+        return float((self.costs + price * self.rates).min(axis=1).sum() - price * budget)
+
+
+def allocate(costs: Array, rates: Array, budget: float) -> Allocation:
+    """Choose one menu entry per group for one budget; see `Allocator`."""
+    return Allocator(costs, rates).choose(budget)
 
 
 def hull_slopes(costs: Array, rates: Array) -> Array:
@@ -109,30 +133,6 @@ def hull_slopes(costs: Array, rates: Array) -> Array:
 def _walk(slopes: Array, price: float) -> Depths:
     """Return the entry each hull has reached at a price (segments of exactly this price not taken)."""
     return np.asarray((slopes > price).sum(axis=1) - 1, dtype=np.int64)
-
-
-def _bisect(slopes: Array, rates: Array, budget: float) -> float:
-    """Return the lowest price at which the walk stays within the budget (0: everything fits)."""
-    rows = np.arange(len(slopes))
-
-    def rate(price: float) -> float:
-        return float(rates[rows, _walk(slopes, price)].sum())
-
-    if rate(0.0) <= budget:
-        return 0.0
-    prices = np.unique(slopes[np.isfinite(slopes) & (slopes > 0)])
-    low, high = -1, len(prices) - 1  # above the largest slope only first entries remain, and they fit
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if rate(float(prices[middle])) <= budget else (middle, high)
-    return float(prices[high])
-
-
-def _dual_value(costs: Array, rates: Array, price: float, budget: float) -> float:
-    """Return the Lagrangian's minimum, a lower bound on the cost of every choice within the budget."""
-    if price == 0.0:
-        return float(costs.min(axis=1).sum())
-    return float((costs + price * rates).min(axis=1).sum() - price * budget)
 
 
 def _repair(choice: Depths, costs: Array, rates: Array, budget: float) -> Depths:

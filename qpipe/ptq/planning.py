@@ -7,6 +7,7 @@ the same for every choice (offsets, depth indices, clusters, biases) is taken fr
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from qpipe.compress.rotation import rotate
 from qpipe.errors import QpipeError
 from qpipe.ptq.allocation import (
+    Allocator,
     Array,
     allocate,
     allocate_exactly,
@@ -130,44 +132,51 @@ class Planner:
         Decides costs and allocator.
     coefficients
         Per-layer coefficients of relative errors (linearity theorem), for allocation `layer`.
+    payload_only
+        Whether budgets count codes alone.
     """
 
-    def __init__(self, tasks: dict[str, LayerTask], method: Method, coefficients: dict[str, float] | None) -> None:
-        self.tasks, self.method = tasks, method
+    def __init__(
+        self,
+        tasks: dict[str, LayerTask],
+        method: Method,
+        coefficients: dict[str, float] | None = None,
+        payload_only: bool = False,
+    ) -> None:
+        self.tasks, self.method, self.payload_only = tasks, method, payload_only
         self.weights = sum(task.weight.numel() for task in tasks.values())
         self.sizes = np.concatenate([np.full(task.layout.groups, task.layout.size) for task in tasks.values()])
-        self.rates = self.sizes[:, None] * _DEPTHS + SCALE_BITS * (_DEPTHS > 0)
-        self.fixed = sum(task.fixed_bits(method) for task in tasks.values())
+        scales = 0 if payload_only else SCALE_BITS * (_DEPTHS > 0)
+        self.rates = (self.sizes[:, None] * _DEPTHS + scales).astype(np.float64)
+        self.fixed = 0 if payload_only else sum(task.fixed_bits(method) for task in tasks.values())
         self.scores = self._scores()
         self.costs = None if method.allocation == "uniform" else self._costs(coefficients)
 
-    def plan(self, bits: float, payload_only: bool) -> Plan:
+    def plan(self, bits: float) -> Plan:
         """Choose depths for an average of `bits` per weight (error: fewer bits than the smallest choice takes)."""
-        rates = (self.sizes[:, None] * _DEPTHS if payload_only else self.rates).astype(np.float64)
-        budget = bits * self.weights - (0 if payload_only else self.fixed)
-        if budget < rates[:, 0].sum():
-            least = (self.fixed + float(self.rates[:, 0].sum())) / self.weights
+        budget = bits * self.weights - self.fixed
+        least = float(self.rates[:, 0].sum())
+        if budget < least:
             raise QpipeError(
-                f"{bits:g} bits per weight asked for, but offsets, clusters and biases alone take {least:.3f}; "
-                "ask for more bits or for larger groups (rows, columns)"
+                f"{bits:g} bits per weight asked for, but offsets, clusters and biases alone take "
+                f"{(self.fixed + least) / self.weights:.3f}; ask for more bits or for larger groups (rows, columns)"
             )
-        choice, gap = self._choose(rates, budget) if payload_only else self._with_indices(rates, budget)
+        choice, gap = self._choose(budget) if self.payload_only else self._with_indices(budget)
         return Plan(self._by_layer(choice), self._predict(choice), gap, self._gain())
 
-    def _with_indices(self, rates: Array, budget: float) -> tuple[NDArray[np.int64], float | None]:
+    def _with_indices(self, budget: float) -> tuple[NDArray[np.int64], float | None]:
         """Choose depths whose indices fit in the budget too.
 
         How many bits an index takes follows from the choice. The reserve for indices starts at its most and is set to
         what the last choice needed; of the choices that fit the one that spends most is kept.
         """
-        rows = np.arange(len(rates))
-        most = depth_bits(MAX_DEPTH + 1)
-        reserve = float(min(len(rates) * most, budget - rates[:, 0].sum()))
+        rows = np.arange(len(self.rates))
+        reserve = float(min(len(rows) * depth_bits(MAX_DEPTH + 1), budget - self.rates[:, 0].sum()))
         best, spent = None, -1.0
         for _ in range(_REFINEMENTS):
-            choice, gap = self._choose(rates, budget - reserve)
+            choice, gap = self._choose(budget - reserve)
             needed = self._index_bits(choice)
-            total = float(rates[rows, choice].sum()) + needed
+            total = float(self.rates[rows, choice].sum()) + needed
             if spent < total <= budget:
                 best, spent = (choice, gap), total
             if needed == reserve:
@@ -179,28 +188,35 @@ class Planner:
     def _index_bits(self, choice: NDArray[np.int64]) -> int:
         return sum((part.stop - part.start) * depth_bits(len(np.unique(choice[part]))) for part in self._slices())
 
-    def _choose(self, rates: Array, budget: float) -> tuple[NDArray[np.int64], float | None]:
+    def _choose(self, budget: float) -> tuple[NDArray[np.int64], float | None]:
         allocation = self.method.allocation
         if self.costs is None:
-            return spread_evenly(rates, budget), None
+            return spread_evenly(self.rates, budget), None
         if allocation == "layer":
-            return self._per_layer(rates, budget)
+            return self._per_layer(budget)
         if allocation == "exact":
-            return allocate_exactly(self.costs, rates.astype(np.int64), int(budget)), 0.0
-        found = allocate(self.costs, rates, budget)
+            return allocate_exactly(self.costs, self.rates.astype(np.int64), int(budget)), 0.0
+        found = self._allocator.choose(budget)
         return found.choice, found.gap
 
-    def _per_layer(self, rates: Array, budget: float) -> tuple[NDArray[np.int64], float]:
+    @cached_property
+    def _allocator(self) -> Allocator:
+        assert self.costs is not None
+        return Allocator(self.costs, self.rates)
+
+    def _per_layer(self, budget: float) -> tuple[NDArray[np.int64], float]:
         """Choose each layer's average depth in eighths of a bit, then spread it over the layer's groups."""
         assert self.costs is not None
         parts = self._slices()
-        menu = [_interpolated(table[part].sum(axis=0)) for table in (self.costs, rates) for part in parts]
+        menu = [_interpolated(table[part].sum(axis=0)) for table in (self.costs, self.rates) for part in parts]
         costs, totals = np.stack(menu[: len(parts)]), np.stack(menu[len(parts) :])
         found = allocate(costs, totals, budget)
         spent = totals[np.arange(len(parts)), found.choice]
         # What eighths leave over goes to the layers in proportion, as far as their groups can use it.
         spent = spent + (budget - spent.sum()) * spent / spent.sum()
-        return np.concatenate([spread_evenly(rates[p], float(s)) for p, s in zip(parts, spent, strict=True)]), found.gap
+        return np.concatenate(
+            [spread_evenly(self.rates[p], float(s)) for p, s in zip(parts, spent, strict=True)]
+        ), found.gap
 
     def _costs(self, coefficients: dict[str, float] | None) -> Array:
         """Return what each depth of each group costs at the output, shape (groups, 9)."""

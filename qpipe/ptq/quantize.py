@@ -131,6 +131,8 @@ def check_target(target: Target, method: Method, tokens: Path | None) -> None:
         problems.append(f"a loss increase of {rise} asked for; use a positive number of nats/token")
     if tokens is None and not method.data_free:
         problems.append(f"method '{method.name}' needs text for calibration: give a token store")
+    if target.payload_only and bits is None:
+        problems.append("payload-only goes with bits: sizes and loss increases are of everything that is stored")
     if tokens is None and rise is not None:
         problems.append("a largest loss increase needs text to measure it: give a token store")
     if problems:

@@ -97,7 +97,7 @@ class Search:
         tasks, coefficients = self._tasks(None), None
         if self.method.allocation == "layer":
             coefficients = layer_coefficients(self.network, self._tokens_for_layers(), self.seed, log.info)
-        return tasks, self._solve(Planner(tasks, self.method, coefficients))
+        return tasks, self._solve(self._planner(tasks, coefficients))
 
     def _tokens_for_layers(self) -> Tensor:
         """Return held-out text where there is some, else random ids."""
@@ -120,7 +120,7 @@ class Search:
             tasks = tasks or self._tasks(state)
             for name, task in tasks.items():
                 task.importance = state.sensitivity.mean(name)
-            plan = self._solve(Planner(tasks, self.method, None))
+            plan = self._solve(self._planner(tasks))
             loss = self._selection_loss(tasks, plan)
             state.take(loss, tasks, plan)
             write_progress(self.scratch, self.identity, state)
@@ -169,12 +169,15 @@ class Search:
         self.exact.restore(self.network)
         return loss
 
+    def _planner(self, tasks: dict[str, LayerTask], coefficients: dict[str, float] | None = None) -> Planner:
+        return Planner(tasks, self.method, coefficients, self.target.payload_only)
+
     def _solve(self, planner: Planner) -> Plan:
         """Choose depths for the target, whatever it is given in."""
         if self.target.bits is not None:
-            return planner.plan(self.target.bits, self.target.payload_only)
+            return planner.plan(self.target.bits)
         if self.target.size is not None:
-            return planner.plan(self._bits_for_size(self.target.size, planner), False)
+            return planner.plan(self._bits_for_size(self.target.size, planner))
         return self._plan_for_loss(planner)
 
     def _bits_for_size(self, size: int, planner: Planner) -> float:
@@ -195,7 +198,7 @@ class Search:
         for _ in range(_BISECTIONS):
             bits = (low + high) / 2
             try:
-                plan = planner.plan(bits, False)
+                plan = planner.plan(bits)
             except QpipeError:  # fewer bits than scales and offsets alone take
                 low = bits
                 continue

@@ -16,7 +16,7 @@ from qpipe.errors import QpipeError
 from qpipe.ptq.network import Network
 from qpipe.train.validation import Validation, Windows, all_windows, some_windows
 
-SELECTION_SEQUENCES = 32
+_SELECTION_TOKENS = 8192
 _LONGEST = 2048
 _TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 32768}
 
@@ -37,6 +37,8 @@ class Text:
         Where batches go.
     batch
         Sequences that go through the network together.
+    held_out
+        Sequences for selection (count): the first of `starts`.
     """
 
     store: TokenStore
@@ -44,23 +46,24 @@ class Text:
     starts: np.ndarray
     device: torch.device
     batch: int
+    held_out: int
 
     def calibration(self, round_: int, count: int) -> list[Tensor]:
         """Return the sequences of a round (from 0) in batches, each (at most `batch`, context)."""
-        first = SELECTION_SEQUENCES + round_ * count
+        first = self.held_out + round_ * count
         rows = [self.store.train.read(int(s), self.context) for s in self.starts[first : first + count]]
         tokens = torch.from_numpy(np.stack(rows).astype(np.int64)).to(self.device)
         return list(tokens.split(self.batch))
 
     def selection(self, network: Network) -> float:
         """Return the loss on the selection windows (nats/token)."""
-        chosen = self.starts[:SELECTION_SEQUENCES]
+        chosen = self.starts[: self.held_out]
         windows = Windows(chosen, np.full(len(chosen), self.context))
         return self._validation(network, training_split=True).loss(network, windows)  # type: ignore[arg-type]
 
     def selection_batches(self) -> list[Tensor]:
         """Return the selection sequences in batches."""
-        rows = [self.store.train.read(int(s), self.context) for s in self.starts[:SELECTION_SEQUENCES]]
+        rows = [self.store.train.read(int(s), self.context) for s in self.starts[: self.held_out]]
         return list(torch.from_numpy(np.stack(rows).astype(np.int64)).to(self.device).split(self.batch))
 
     def evaluation_windows(self, tokens: int | None) -> Windows:
@@ -103,7 +106,8 @@ def choose_text(store: TokenStore, network: Network, calibration: int, seed: int
     """
     context = min(network.context, _LONGEST)
     windows = (len(store.train) - 1) // context
-    needed = SELECTION_SEQUENCES + calibration
+    held_out = min(64, max(4, _SELECTION_TOKENS // context))
+    needed = held_out + calibration
     problems = []
     if store.vocab_size > network.vocab_size:
         problems.append(
@@ -112,7 +116,7 @@ def choose_text(store: TokenStore, network: Network, calibration: int, seed: int
         )
     if windows < needed:
         problems.append(
-            f"calibration text too short: {needed} sequences of {context} tokens are needed ({SELECTION_SEQUENCES} for "
+            f"calibration text too short: {needed} sequences of {context} tokens are needed ({held_out} for "
             f"selection, {calibration} for calibration), the training split holds {windows}; "
             "lower `sequences` or `iterations`, or tokenize more text"
         )
@@ -125,4 +129,4 @@ def choose_text(store: TokenStore, network: Network, calibration: int, seed: int
     order = np.random.default_rng(seed).permutation(windows)[:needed]
     device = network.device
     at_once = _TOKENS_AT_ONCE.get(device.type, _TOKENS_AT_ONCE["cuda"])
-    return Text(store, context, order * context, device, max(1, at_once // context))
+    return Text(store, context, order * context, device, max(1, at_once // context), held_out)
