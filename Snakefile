@@ -42,6 +42,7 @@ rule all:
     input:
         f"{RESULTS}/report.html",
         tracked_laws(),
+        expand("{results}/runs/{run}/record.json", results=RESULTS, run=RUNS),
 
 
 onstart:

@@ -156,6 +156,20 @@ def test_deleted_record_trains_one_run(copied):
     assert planned(copied)["train"] == 1
 
 
+def test_deleted_token_store_trains_nothing_that_is_finished(copied):
+    shutil.rmtree(copied / "results/tokens")
+    assert planned(copied) == {}
+    jobs = planned(copied, STUDY.replace("[dense, w4]", "[dense, w4, w2]"))
+    assert (jobs["tokenize"], jobs["train"]) == (1, 4)
+
+
+def test_two_changes_at_once_are_both_seen(copied):
+    next((copied / "results/smoke/runs").glob("*/record.json")).unlink()
+    study = STUDY.replace("[dense, w4]", "[dense, w4, w2]").replace("bootstrap: 20", "bootstrap: 21")
+    jobs = planned(copied, study)
+    assert (jobs["train"], jobs["fit"]) == (5, 1)
+
+
 def test_retrained_run_gives_the_same_record(copied):
     record = next((copied / "results/smoke/runs").glob("n10k*/record.json"))
     before = record.read_bytes()
@@ -168,7 +182,7 @@ def test_one_failing_run_does_not_block_the_others(copied):
     runs = sorted(path.parent for path in (copied / "results/smoke/runs").glob("*/record.json"))
     for run in runs[:3]:
         (run / "record.json").unlink()
-    (runs[0] / "run.yaml").write_text("not: a run\n")
+    (runs[0] / "scratch").write_text("a file where a folder belongs")
     done = snakemake(copied, check=False)
     assert done.returncode != 0
     assert [(run / "record.json").exists() for run in runs[:3]] == [False, True, True]

@@ -17,7 +17,8 @@ environment:
   OMP_NUM_THREADS           CPU threads
 
 example:
-  qpipe train results/demo/runs/100k-d20x-w4-s0-1f3a9c2e/run.yaml results/demo/tokens/ out/
+  qpipe train out/run.yaml results/tokens/1f3a9c2e5b7d/ out/
+  qpipe train n100k-d20x-w4-s0-1f3a9c2e results/tokens/1f3a9c2e5b7d/ out/ --study config/demo.yaml
 """
 
 import argparse
@@ -30,15 +31,17 @@ from qpipe.cli.logs import logged_to_stderr
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("run", type=Path, metavar="RUN.yaml", help="the resolved run")
+    parser.add_argument("run", metavar="RUN.yaml", help="the resolved run; with --study the id of a run of that study")
     parser.add_argument("tokens", type=Path, metavar="TOKENS", help="token store: its folder or its manifest.json")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the results")
+    parser.add_argument("--study", type=Path, metavar="STUDY.yaml", help="write OUT/run.yaml from this study first")
 
 
 def run(args: argparse.Namespace) -> int:
     """Train; a run that diverges is a result and ends with 0 as well, one stopped by a signal with 1."""
+    run_file = _planned_run(args.study, args.run, args.out) if args.study else Path(args.run)
     if warm.asked_for():
-        return warm.run_in_worker(["train", str(args.run), str(args.tokens), str(args.out)])
+        return warm.run_in_worker(["train", str(run_file), str(args.tokens), str(args.out)])
     with logged_to_stderr("qpipe.train"):
         from qpipe.leases import leased_gpu
         from qpipe.train.pretrain import train_run
@@ -46,8 +49,20 @@ def run(args: argparse.Namespace) -> int:
 
         try:
             with leased_gpu():
-                train_run(args.run, args.tokens, args.out)
+                train_run(run_file, args.tokens, args.out)
         except Stopped as stopped:
             print(stopped, file=sys.stderr)
             return 1
     return 0
+
+
+def _planned_run(study: Path, run_id: str, out: Path) -> Path:
+    """Write the run.yaml of one of a study's runs; return its path (error: the study plans no such run)."""
+    from qpipe.errors import QpipeError, nearest
+    from qpipe.study import load_study, plan
+
+    runs = {run.id: run for run in plan(load_study(study))}
+    if run_id not in runs:
+        raise QpipeError(f"{study} plans no run {run_id}{nearest(run_id, runs)}; see qpipe plan {study}")
+    runs[run_id].write(out / "run.yaml")
+    return out / "run.yaml"

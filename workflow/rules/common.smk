@@ -36,6 +36,12 @@ def records_of_format(wildcards):
     ]
 
 
+def tokens_of_unfinished_run(wildcards):
+    """The token store, for a run that is still to be trained."""
+    finished = Path(f"{RESULTS}/runs/{wildcards.run}/record.json").exists()
+    return [] if finished else [TOKENS]
+
+
 def losses_of_law(wildcards):
     """Partitions of the loss table that a law is fitted to: no others can invalidate it."""
     return [

@@ -8,7 +8,8 @@ OUTPUTS
     results/<study>/fits/<law>.json             fitted law
     results/<study>/tables/<law>/               multiplier table as parquet, csv, md, tex
 
-Each step takes the digest of the code it runs as a parameter: a change of the fit refits, retrains nothing.
+Each step takes the digest of the code it runs, and the list of what it reads, as parameters: a change of the fit refits
+and retrains nothing, a representation that leaves the study leaves the fit.
 """
 
 
@@ -58,6 +59,7 @@ rule fit:
     benchmark:
         f"benchmarks/workflow/fit/{STUDY.name}/{{law}}.tsv"
     params:
+        losses=losses_of_law,
         options=lambda wildcards: STUDY.laws[wildcards.law].options,
         code=source_digest("laws", "cli/fit.py"),
     message:

@@ -4,11 +4,12 @@ REQUIRED INPUTS
     the study (through Snakemake's --configfile), the token store
 OUTPUTS
     results/<study>/study.yaml, plan.json       resolved study and its runs
-    results/<study>/runs/<run>/run.yaml         one per run
-    results/<study>/runs/<run>/record.json      loss of the run; model.safetensors, curve.parquet, runtime.json beside
+    results/<study>/runs/<run>/record.json      loss of the run; run.yaml, model.safetensors, curve.parquet,
+                                                runtime.json beside it
 
-A run's id holds a digest of its run.yaml and the digest of its corpus, so both inputs of training are fixed by the
-name of its folder: `ancient` tells Snakemake that their time stamps mean nothing.
+A run's id holds a digest of its run.yaml and of its corpus, so what it is trained on and how is fixed by the name of
+its folder. Training therefore depends on nothing but the existence of a token store, and a finished run on nothing at
+all: a store that is deleted and made again trains nothing.
 """
 
 
@@ -16,7 +17,6 @@ rule plan:
     output:
         study=f"{RESULTS}/study.yaml",
         plan=f"{RESULTS}/plan.json",
-        runs=expand("{results}/runs/{run}/run.yaml", results=RESULTS, run=RUNS),
     log:
         f"logs/plan/{STUDY.name}.log",
     params:
@@ -30,8 +30,7 @@ rule plan:
 
 rule train:
     input:
-        run=ancient(f"{RESULTS}/runs/{{run}}/run.yaml"),
-        tokens=ancient(TOKENS),
+        ancient(tokens_of_unfinished_run),
     output:
         record=f"{RESULTS}/runs/{{run}}/record.json",
         weights=f"{RESULTS}/runs/{{run}}/model.safetensors",
@@ -44,10 +43,12 @@ rule train:
         mem_mb=lambda wildcards, attempt: SITE.memory_mb(RUNS[wildcards.run], attempt),
         gres=lambda wildcards: SITE.gres(RUNS[wildcards.run]),
         # How a run uses the machine is a resource and not a parameter: it must never train a run again.
-        environment=lambda wildcards, threads: SITE.environment(RUNS[wildcards.run], threads),
+        environment=lambda wildcards, threads: SITE.environment(
+            RUNS[wildcards.run], threads
+        ),
         runtime=lambda wildcards, attempt: SITE.minutes(RUNS[wildcards.run], attempt),
     message:
         "Training {wildcards.run}"
     shell:
         "{resources.environment} {WANDB} "
-        "{QPIPE} train {input.run} {input.tokens} $(dirname {output.record}) >> {log} 2>&1"
+        "{QPIPE} train {wildcards.run} {TOKENS} $(dirname {output.record}) --study {STUDY_FILE:q} >> {log} 2>&1"
