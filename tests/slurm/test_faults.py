@@ -230,3 +230,26 @@ def test_time_limit_is_announced_and_a_slow_checkpoint_still_gets_written(study,
     assert_as_in_peace(clone, peaceful)
     assert said.count("has been submitted") == 1  # one job, requeued each time
     assert attempts(clone, clone.runs()[0]) >= 2
+
+
+@pytest.mark.slow
+def test_two_devices_train_one_run_and_stop_together(study, peaceful):
+    """A job with two (simulated) GPUs, told to stop once: a process per device, the loss of one process."""
+    clone = study(1)
+    profile = clone.folder / "profiles/slurm/config.yaml"
+    commented = "# devices: \"'800M:8'\""
+    assert commented in profile.read_text()
+    profile.write_text(profile.read_text().replace(commented, "devices: \"'10k:2'\""))
+    slow_down(clone, 0.02)
+    process = clone.start("runs")
+    run = wait_for_training(clone)[0]
+    job = job_of(run)
+    assert "gpu:2" in slurm.run("scontrol", "show", "job", job)
+    slurm.run("scancel", "--signal=USR1", job)
+    finish(process, clone)
+    assert attempts(clone, run) == 2
+    assert json.loads((clone.results / "runs" / run / "runtime.json").read_text())["devices"] == 2
+    alone, together = (
+        json.loads((one.results / "runs" / run / "record.json").read_text())["loss"] for one in (peaceful, clone)
+    )
+    assert together == pytest.approx(alone, rel=2e-3)  # 768 steps of float32 sums in another order
