@@ -26,7 +26,7 @@ class Stopped(Exception):
 
 
 class StopOnSignal(lightning.Callback):
-    """Listens while training; ends it after the step during which a signal came.
+    """Ends training after the step during which a signal came, or after the first.
 
     Parameters
     ----------
@@ -37,6 +37,7 @@ class StopOnSignal(lightning.Callback):
     def __init__(self, checkpoint: TimedCheckpoint) -> None:
         self.checkpoint = checkpoint
         self._noted: signal.Signals | None = None
+        signal.signal(signal.SIGUSR1, self._note)  # early: a signal that comes while a checkpoint is loaded counts
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Take the signals from Lightning, which would stop without a checkpoint; it restores them after training."""

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import lab
 
+from qpipe.study import load_study, plan
+
 ROOT = Path(__file__).parents[2]
 SOURCES = ["Snakefile", "workflow", "qpipe", "config", "profiles"]
 STUDY = (ROOT / "tests/studies/smoke.yaml").read_text()
@@ -97,7 +99,8 @@ class Clone:
         return "\n".join(f"== {path}\n{path.read_text()[-1500:]}" for path in paths if path.stat().st_size)
 
     def runs(self) -> list[str]:
-        return sorted(path.parent.name for path in self.results.glob("runs/*/run.yaml"))
+        """Return the ids of the planned runs."""
+        return [run.id for run in plan(load_study(self.folder / "study.yaml"), self.folder)]
 
     def science(self) -> dict[str, bytes]:
         """Return what must not depend on where and how often a run was started."""
