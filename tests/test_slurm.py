@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from training_cases import make_store, small_run
 
 from qpipe.errors import QpipeError
 from qpipe.resources import Site
-from qpipe.slurm import Job, Watch, job_name, refuse_orphans
+from qpipe.slurm import Job, Watch, job_name, naming, refuse_orphans
 from qpipe.study import load_study, plan
 
 ROOT = Path(__file__).parents[1]
@@ -45,6 +46,31 @@ def test_jobs_that_are_alive_are_refused_with_the_way_out():
     refuse_orphans([])
     with pytest.raises(QpipeError, match=r"2 Slurm jobs .*n1m, n3m.*scancel 7 8"):
         refuse_orphans([Job("7", "RUNNING", "n1m", "/"), Job("8", "PENDING", "n3m", "/")])
+
+
+@pytest.mark.parametrize(
+    ("error", "calls", "code"),
+    [
+        ("sbatch: error: Unable to contact slurm controller (connect failure)", 2, 0),
+        ("sbatch: error: invalid partition specified: gpu", 1, 1),
+    ],
+)
+def test_sbatch_is_called_again_for_errors_that_pass(tmp_path, error, calls, code):
+    """`sbatch` is a stand-in that fails once; it is given the plugin's kind of arguments, quotes and all."""
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text(
+        f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n'
+        f'test $(wc -l < {tmp_path}/calls) = 1 && {{ echo "{error}" >&2; exit 1; }}\necho 4711\n'
+    )
+    sbatch.chmod(0o755)
+    wildcards = {"run": "n1m-w4"}
+    job = types.SimpleNamespace(name="train", wildcards_dict=wildcards, is_group=lambda: False)
+    call = naming(lambda job, params: f"sbatch --job-name {params['run_uuid']}")(job, {"run_uuid": "x"})
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(call + " --wrap=\"echo 'a b'\"", shell=True, env=environment, capture_output=True, text=True)
+    assert (tmp_path / "calls").read_text().splitlines() == ["--job-name n1m-w4 --wrap=echo 'a b'"] * calls
+    assert (done.returncode, done.stdout) == (code, "" if code else "4711\n")
+    assert error in done.stderr or not code
 
 
 def test_larger_and_longer_runs_ask_for_more_and_retries_for_more_still(runs):
