@@ -315,7 +315,7 @@ def test_checkpoints_that_are_no_model_are_refused(place, tmp_path, capsys):
     (tmp_path / "compressed" / "record.json").write_text(json.dumps(record))
     assert "trained as 'w4'" in refused(capsys, tmp_path / "compressed", *arguments)
     (tmp_path / "foreign").mkdir()
-    (tmp_path / "foreign" / "config.json").write_text('{"model_type": "lama"}')
+    (tmp_path / "foreign" / "config.json").write_text('{"model_type": "bert"}')
     assert "known types: llama, opt" in refused(capsys, tmp_path / "foreign", *arguments)
     assert not (tmp_path / "out").exists()
 
@@ -361,7 +361,7 @@ def test_damaged_packed_files_are_refused(place, tmp_path):
 def test_killed_work_goes_on_and_ends_with_the_same_file(place, tmp_path):
     """`kill -9` after the first round is kept, then the same command again; against an undisturbed run."""
     command = [sys.executable, "-m", "qpipe", "ptq", str(place / "run"), str(tmp_path / "killed"), "--bits", "2.5",
-               "--tokens", str(place / "tokens"), "--set", "iterations=40", "--set", "sequences=4"]  # fmt: skip
+               "--tokens", str(place / "tokens"), "--set", "iterations=12", "--set", "sequences=4"]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     kept = tmp_path / "killed" / "scratch" / "rounds.safetensors"
@@ -374,7 +374,7 @@ def test_killed_work_goes_on_and_ends_with_the_same_file(place, tmp_path):
     assert not (tmp_path / "killed" / "ptq.json").exists()
     again = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert "round 1:" not in again.stderr
-    quantize(place, tmp_path / "undisturbed", bits=2.5, iterations=40, sequences=4)
+    quantize(place, tmp_path / "undisturbed", bits=2.5, iterations=12, sequences=4)
     for name in ("ptq.json", "packed.safetensors"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes(), name
 

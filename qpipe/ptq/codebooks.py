@@ -91,11 +91,6 @@ def searched_distortion(
     return min((distortion(book, density, float(c)), float(c)) for c in search)
 
 
-def distortion_table(kind: Kind, density: Literal["gauss", "laplace"] = "gauss") -> Array:
-    """Return D(B) for B = 0 ... 8 after the scale search, shape (9,)."""
-    return np.array([searched_distortion(code_book(kind, depth), density)[0] for depth in range(MAX_DEPTH + 1)])
-
-
 def _gauss_moments(x: Array) -> tuple[Array, Array, Array]:
     """Integrals of 1, t and t^2 times the normal density from minus infinity to x."""
     finite = np.where(np.isfinite(x), x, 0.0)

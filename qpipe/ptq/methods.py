@@ -8,6 +8,16 @@ from qpipe.errors import QpipeError, nearest
 from qpipe.ptq.codebooks import Kind
 
 Allocator = Literal["uniform", "layer", "variance", "closed-form", "table", "measured", "exact"]
+"""Who decides depths, and on what:
+
+uniform      one depth, or two neighbouring ones spread evenly; looks at nothing
+layer        per layer, error measured, coefficients of the linearity theorem
+variance     per group, variance x measured table D(B), blind to sensitivities
+closed-form  per group, sensitivity x variance x 4^-B: the paper's model
+table        per group, sensitivity x variance x D(B) measured on a sample of each layer's groups
+measured     per group, sensitivity x its own error measured at every depth
+exact        the same, solved to optimality by dynamic programming (small models)
+"""
 
 
 class Method(BaseModel):
@@ -78,7 +88,7 @@ METHODS: dict[str, Method] = {
             columns=1,
             clustered=True,
             codebook="lloyd-max",
-            allocation="measured",
+            allocation="table",
             feedback=True,
             iterations=2,
             sequences=32,

@@ -24,7 +24,7 @@ from qpipe.ptq.allocation import (
     partition_gain,
     spread_evenly,
 )
-from qpipe.ptq.codebooks import MAX_DEPTH, distortion_table
+from qpipe.ptq.codebooks import MAX_DEPTH
 from qpipe.ptq.fitting import depth_costs
 from qpipe.ptq.groups import Layout, clustered_layout, plain_layout
 from qpipe.ptq.layer import SCALE_BITS, depth_bits, rotation_block
@@ -36,6 +36,8 @@ _EIGHTHS = np.arange(0, MAX_DEPTH + 0.0625, 0.125)
 _IMPORTANCE_FLOOR = 0.01
 """Share of the layer's mean sensitivity that every group has at least: estimates from few samples touch 0."""
 _REFINEMENTS = 6
+_TABLE_GROUPS = 256
+"""Groups of a layer that its distortion table is measured on."""
 
 
 @dataclass
@@ -226,8 +228,23 @@ class Planner:
             return np.concatenate([self._relative_costs(n, t, coefficients[n]) for n, t in self.tasks.items()])
         if allocation in ("measured", "exact"):
             return np.concatenate([self._measured_costs(task) for task in self.tasks.values()])
-        shape = 4.0**-_DEPTHS if allocation == "closed-form" else distortion_table(self.method.codebook)
-        return self.scores[:, None] * self.sizes[:, None] * shape
+        if allocation == "closed-form":
+            return self.scores[:, None] * self.sizes[:, None] * 4.0**-_DEPTHS
+        tables = [
+            np.broadcast_to(self._distortion_table(task), (task.layout.groups, len(_DEPTHS)))
+            for task in self.tasks.values()
+        ]
+        return self.scores[:, None] * self.sizes[:, None] * np.concatenate(tables)
+
+    def _distortion_table(self, task: LayerTask) -> Array:
+        """Measure D(B) of a layer, error over variance, on some of its groups, shape (9,)."""
+        groups = task.layout.gather(task.weight)
+        chosen = (
+            torch.linspace(0, len(groups) - 1, min(len(groups), _TABLE_GROUPS), device=groups.device).round().long()
+        )
+        errors = depth_costs(groups[chosen], self.method.codebook, self.method.offset).double().sum(dim=0).cpu().numpy()
+        # A layer of constants has nothing to lose at any depth.
+        return np.asarray(errors / errors[0] if errors[0] > 0 else np.zeros(len(_DEPTHS)))
 
     def _measured_costs(self, task: LayerTask) -> Array:
         if task.errors is None:
