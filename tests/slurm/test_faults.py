@@ -31,6 +31,7 @@ RUNS = (
 def peaceful(tmp_path_factory) -> Clone:
     """Three runs trained on this machine without Slurm."""
     clone = Clone(tmp_path_factory.mktemp("peaceful"), RUNS.format(seeds=[0, 1, 2]))
+    clone.extra["QPIPE_WARM"] = "1"
     clone.snakemake("runs", "--cores", str(os.cpu_count()), profile="local")
     return clone
 
