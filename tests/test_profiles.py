@@ -33,4 +33,4 @@ def test_profile_plans_the_whole_study(profile, tmp_path):
 def test_failures_are_isolated_and_code_never_retrains(profile):
     settings = yaml.safe_load((ROOT / f"profiles/{profile}/config.yaml").read_text())
     assert settings["keep-going"] is True
-    assert settings["rerun-triggers"] == ["mtime", "params", "input"]
+    assert settings["rerun-triggers"] == ["mtime", "params"]
