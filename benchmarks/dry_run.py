@@ -35,16 +35,15 @@ import json
 J = json.load(open("jobs.json"))
 R = "results/big"
 rule all:
-    input: f"{R}/report.html"
+    input: f"{R}/report.html", f"{R}/wandb/compression.txt", [f"{R}/runs/{run}/record.json" for run in J["runs"]]
 rule plan:
-    output: f"{R}/study.yaml", f"{R}/plan.json", runs=[f"{R}/runs/{run}/run.yaml" for run in J["runs"]]
+    output: f"{R}/study.yaml", f"{R}/plan.json"
     shell: "true"
 rule tokenize:
-    input: f"{R}/study.yaml"
     output: J["tokens"]
     shell: "true"
 rule train:
-    input: f"{R}/runs/{{run}}/run.yaml", J["tokens"]
+    input: J["tokens"]
     output: f"{R}/runs/{{run}}/record.json", f"{R}/runs/{{run}}/model.safetensors"
     shell: "true"
 rule capacity:
@@ -68,8 +67,12 @@ rule figures:
     shell: "true"
 rule report:
     input: f"{R}/fits/compression.json", f"{R}/tables/compression/multipliers.parquet",
-        f"{R}/figures/compression/figures.json", f"{R}/plan.json"
+        f"{R}/figures/compression/figures.json", f"{R}/plan.json", f"{R}/study.yaml"
     output: f"{R}/report.html"
+    shell: "true"
+rule track:
+    input: f"{R}/tables/{{law}}/multipliers.parquet", f"{R}/plan.json"
+    output: f"{R}/wandb/{{law}}.txt"
     shell: "true"
 """
 
