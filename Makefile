@@ -10,11 +10,12 @@ BIN := $(VENV)/bin
 SNAKEMAKE := $(BIN)/snakemake --profile profiles/local
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help setup demo test slow check format lock clean
+.PHONY: help setup demo test slow slurm check format clean
 
 help:
 	@sed -n '2,5s/^# *//p' Makefile
-	@echo "  make slow   run the long proofs too;  make check  format, lint, types, workflow;  make clean  remove results of the demo"
+	@echo "  make slow   the long proofs too; make slurm  tests on a throw-away Slurm (root, Debian); make check  format, lint,"
+	@echo "              types, workflow; make clean  remove the demo's results"
 
 $(VENV)/.runtime: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "qpipe needs Python >= 3.11, $(PYTHON) is older: make PYTHON=python3.12 ..."; exit 2; }
@@ -32,10 +33,14 @@ demo: $(VENV)/.runtime
 	$(SNAKEMAKE) --configfile config/demo.yaml
 
 test: $(VENV)/.development
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not slurm"
 
 slow: $(VENV)/.development
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slurm"
+
+slurm: $(VENV)/.development
+	bash tests/slurm/install.sh
+	$(BIN)/python -m pytest -m slurm
 
 check: $(VENV)/.development
 	$(BIN)/ruff format --check .
