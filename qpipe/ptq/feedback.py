@@ -69,14 +69,14 @@ def round_with_feedback(
         order = torch.argsort(second_moment.diagonal(), descending=True, stable=True)
     factor = inverse_factor(second_moment[order][:, order], damping)
     w = weight[:, order].clone()
-    step = _lazy_columns(layout.columns)
+    step, places = _lazy_columns(layout.columns), order.tolist()
     for start in range(0, layout.width, step):
         stop = min(start + step, layout.width)
         errors = torch.empty(len(w), stop - start, device=w.device)
         for i in range(start, stop):
             if i % layout.columns == 0:
                 state.fit(i, w)
-            value = state.round(int(order[i]), w[:, i])
+            value = state.round(places[i], w[:, i])
             errors[:, i - start] = (w[:, i] - value) / factor[i, i]
             w[:, i:stop] -= torch.outer(errors[:, i - start], factor[i, i:stop])
         w[:, stop:] -= errors @ factor[start:stop, stop:]
@@ -96,6 +96,8 @@ class _Columns:
     def __init__(self, weight: Tensor, layout: Layout, depth: Tensor, kind: Kind, offset: bool) -> None:
         self.layout, self.depth, self.kind, self.offset = layout, depth, kind, offset
         self.book: Tables = tables(kind, weight.device)
+        # Borders beyond the deepest group's are infinite and would only be copied about.
+        self.borders = self.book.borders[:, : 2 ** int(depth.max())].contiguous()
         self.codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
         self.per_cluster = layout.width // layout.columns
         groups = torch.zeros(layout.groups, device=weight.device)
@@ -124,7 +126,7 @@ class _Columns:
         group = self.layout.cluster * self.per_cluster + column // self.layout.columns
         depth, scale, offset = self.depth[group], self.found.scale[group], self.found.offset[group]
         y = standardise(weight, scale, offset)
-        code = torch.searchsorted(self.book.borders[depth], y[:, None]).squeeze(1)
+        code = torch.searchsorted(self.borders[depth], y[:, None]).squeeze(1)
         self.codes[:, column] = code.to(torch.uint8)
         return offset + scale * self.book.levels.flatten()[code + depth * self.book.levels.shape[1]]
 

@@ -148,10 +148,11 @@ def _error(w: Tensor, scale: Tensor, offset: Tensor, bits: int, book: Tables) ->
 def encode(weights: Tensor, fit: Fit, book: Tables) -> Tensor:
     """Return the codes of groups, shape (groups, size), uint8."""
     codes = torch.empty(weights.shape, dtype=torch.uint8, device=weights.device)
+    borders = book.borders[:, : 2 ** int(fit.depth.max())].contiguous()
     at_once = max(1, ELEMENTS_AT_ONCE[weights.device.type] // (weights.shape[1] + 256))
     for part in torch.arange(len(weights), device=weights.device).split(at_once):
         y = standardise(weights[part], fit.scale[part, None], fit.offset[part, None])
-        codes[part] = torch.searchsorted(book.borders[fit.depth[part]], y).to(torch.uint8)
+        codes[part] = torch.searchsorted(borders[fit.depth[part]], y).to(torch.uint8)
     return codes
 
 

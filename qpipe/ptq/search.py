@@ -89,7 +89,8 @@ class Search:
 
     def run(self) -> tuple[dict[str, LayerTask], Plan]:
         """Return the layers, cut into groups, and their depths; the network holds its dense weights again."""
-        if self.text is not None and (self.method.needs_sensitivities or self.target.max_loss_increase is not None):
+        chooses_round = self.method.needs_sensitivities and self.method.iterations > 1
+        if self.text is not None and (chooses_round or self.target.max_loss_increase is not None):
             self.dense_loss = self.text.selection(self.network)
         return self._rounds() if self.method.needs_sensitivities else self._once()
 
@@ -121,7 +122,7 @@ class Search:
             for name, task in tasks.items():
                 task.importance = state.sensitivity.mean(name)
             plan = self._solve(self._planner(tasks))
-            loss = self._selection_loss(tasks, plan)
+            loss = self._selection_loss(tasks, plan) if self.method.iterations > 1 else math.nan
             state.take(loss, tasks, plan)
             write_progress(self.scratch, self.identity, state)
             seconds = self.seconds[f"round {number + 1}"] = time.monotonic() - begin
