@@ -8,9 +8,15 @@ from training_cases import make_store, small_run
 
 from qpipe.corpus.store import TokenStore
 from qpipe.model import Decoder
+from qpipe.ptq.methods import get_method
+from qpipe.ptq.quantize import Request, quantize_checkpoint
+from qpipe.ptq.result import PtqResult, Target
 from qpipe.record import Record
 from qpipe.runs import Run
 from qpipe.train.results import file_digest, weights
+
+CPU = torch.device("cpu")
+QUICK = {"sequences": 4}
 
 
 def lively_decoder(run: Run, seed: int = 0) -> Decoder:
@@ -62,3 +68,11 @@ def save_run(folder: Path, run: Run | None = None, seed: int = 0, **changes: obj
 def save_tokens(folder: Path, train: int = 6000, validation: int = 700) -> TokenStore:
     """A token store for these checkpoints."""
     return make_store(folder, train=train, validation=validation)
+
+
+def quantize(
+    place: Path, out: Path, method: str = "cvxq", checkpoint: str = "run", seed: int = 0, **asked
+) -> PtqResult:
+    target = {name: asked.pop(name) for name in list(asked) if name in Target.model_fields}
+    request = Request(get_method(method, **{**QUICK, **asked}), Target(**(target or {"bits": 3.0})), seed)
+    return quantize_checkpoint(place / checkpoint, place / "tokens", out, request, CPU)
