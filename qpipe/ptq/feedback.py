@@ -68,18 +68,19 @@ def round_with_feedback(
     if layout.columns == 1:
         order = torch.argsort(second_moment.diagonal(), descending=True, stable=True)
     factor = inverse_factor(second_moment[order][:, order], damping)
-    w = weight[:, order].clone()
+    w = weight[:, order].T.contiguous()  # one input column after the other in memory
     step, places = _lazy_columns(layout.columns), order.tolist()
     for start in range(0, layout.width, step):
         stop = min(start + step, layout.width)
-        errors = torch.empty(len(w), stop - start, device=w.device)
+        errors = torch.empty(stop - start, w.shape[1], device=w.device)
         for i in range(start, stop):
             if i % layout.columns == 0:
                 state.fit(i, w)
-            value = state.round(places[i], w[:, i])
-            errors[:, i - start] = (w[:, i] - value) / factor[i, i]
-            w[:, i:stop] -= torch.outer(errors[:, i - start], factor[i, i:stop])
-        w[:, stop:] -= errors @ factor[start:stop, stop:]
+            error = errors[i - start]
+            torch.sub(w[i], state.round(places[i], w[i]), out=error)
+            error /= factor[i, i]
+            w[i + 1 : stop].addr_(factor[i, i + 1 : stop], error, alpha=-1)
+        w[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
     return state.result()
 
 
@@ -98,7 +99,7 @@ class _Columns:
         self.book: Tables = tables(kind, weight.device)
         # Borders beyond the deepest group's are infinite and would only be copied about.
         self.borders = self.book.borders[:, : 2 ** int(depth.max())].contiguous()
-        self.codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+        self.codes = torch.empty(weight.T.shape, dtype=torch.uint8, device=weight.device)
         self.per_cluster = layout.width // layout.columns
         groups = torch.zeros(layout.groups, device=weight.device)
         self.found = Fit(depth, groups, groups.clone(), groups.clone())
@@ -106,7 +107,7 @@ class _Columns:
             self.found = fit_groups(layout.gather(weight), depth, kind, offset)
 
     def fit(self, column: int, weight: Tensor) -> None:
-        """Fit the groups that start at a column on the present weights."""
+        """Fit the groups that start at a column on the present weights, (in, out)."""
         layout = self.layout
         if layout.columns == 1:
             return
@@ -114,7 +115,7 @@ class _Columns:
         part = Layout(layout.rows, layout.columns, layout.cluster, layout.columns)
         members = torch.arange(layout.clusters, device=weight.device) * self.per_cluster + column // layout.columns
         found = fit_groups(
-            part.gather(weight[:, column:stop]),
+            part.gather(weight[column:stop].T),
             self.depth[members],
             self.kind,
             self.offset,
@@ -127,12 +128,12 @@ class _Columns:
         depth, scale, offset = self.depth[group], self.found.scale[group], self.found.offset[group]
         y = standardise(weight, scale, offset)
         code = torch.searchsorted(self.borders[depth], y[:, None]).squeeze(1)
-        self.codes[:, column] = code.to(torch.uint8)
+        self.codes[column] = code.to(torch.uint8)
         return offset + scale * self.book.levels.flatten()[code + depth * self.book.levels.shape[1]]
 
     def result(self) -> tuple[Fit, Tensor]:
         """Return the fit and the codes by group."""
-        return self.found, self.layout.gather(self.codes)
+        return self.found, self.layout.gather(self.codes.T)
 
 
 def output_error(difference: Tensor, second_moment: Tensor) -> float:
