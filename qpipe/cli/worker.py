@@ -4,7 +4,7 @@ Started by the first such command and ended when there is no more work; nobody n
 it pays is told in qpipe/warm.py.
 
 example:
-  QPIPE_WARM=1 qpipe train results/demo/runs/100k-d20x-w4-s0-1f3a9c2e/run.yaml results/tokens/1f3a/ out/
+  QPIPE_WARM=1 qpipe train out/run.yaml results/tokens/1f3a9c2e5b7d/ out/     (starts: qpipe worker SOCKET)
 """
 
 import argparse
