@@ -18,9 +18,9 @@ Two families ship:
     rates were chosen by short sweeps on documentation strings, not studied carefully.
 """
 
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from qpipe.errors import QpipeError, nearest
 
@@ -29,7 +29,22 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class ModelShape(_Frozen):
+class Growing(_Frozen):
+    """Part of a run's identity that may gain fields: those named in `later` are left out while they have their default.
+
+    So a field added after runs were trained changes the id of none of them.
+    """
+
+    later: ClassVar[frozenset[str]] = frozenset()
+
+    @model_serializer(mode="wrap")
+    def _without_later_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields = type(self).model_fields
+        found = handler(self)
+        return {k: v for k, v in found.items() if k not in self.later or getattr(self, k) != fields[k].default}
+
+
+class ModelShape(Growing):
     """The shape of a Llama-type decoder; every number that its parameter count depends on."""
 
     layers: int = Field(ge=1, description="number of decoder blocks")
@@ -49,14 +64,17 @@ class ModelShape(_Frozen):
         return self.width // self.heads
 
 
-class Training(_Frozen):
+class Training(Growing):
     """Optimizer, schedule and batch of a run, fully resolved."""
+
+    later: ClassVar[frozenset[str]] = frozenset({"warmup_steps"})
 
     recipe: str = Field(description="name of the recipe that these numbers come from")
     recipe_version: int = Field(ge=1, description="version of that recipe")
     learning_rate: float = Field(gt=0, description="peak learning rate")
-    schedule: Literal["cosine", "wsd"] = Field(description="shape of the learning rate after warm-up")
+    schedule: Literal["cosine", "wsd", "constant"] = Field(description="shape of the learning rate after warm-up")
     warmup_fraction: float = Field(ge=0, lt=1, description="share of the steps spent warming up from LR/100")
+    warmup_steps: int | None = Field(default=None, ge=0, description="steps of warm-up, instead of a share of them")
     final_fraction: float = Field(ge=0, le=1, description="final learning rate as a share of the peak")
     decay_fraction: float = Field(default=0.2, gt=0, le=1, description="share of the steps that `wsd` spends decaying")
     weight_decay: float = Field(ge=0, description="AdamW decay of linear weights (not norms, embeddings, head)")

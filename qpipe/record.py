@@ -31,14 +31,14 @@ class Record(BaseModel):
     message: str = Field(default="", description="what happened, when not ok")
     loss: float | None = Field(description="loss over the whole validation split in fixed order; none when diverged")
     bits_per_byte: float | None = Field(description="the same loss in bits per byte of validation text")
-    train_loss: float | None = Field(description="mean training loss over the last 5 % of the steps")
+    train_loss: float | None = Field(description="mean training loss over the last 5 % of the steps; none of a trunk")
     validation_tokens: int = Field(description="tokens that the loss is averaged over (count)")
-    steps: int = Field(description="optimizer steps done")
+    steps: int = Field(description="optimizer steps done, without those of a parent")
     n: int = Field(description="non-embedding parameters (count)")
     n_compressed: int = Field(description="parameters under the representation (count)")
     n_embedding: int = Field(description="embedding + head parameters, kept in high precision (count)")
-    d: int = Field(description="training tokens (count)")
-    flops: float = Field(description="training FLOPs")
+    d: int = Field(description="training tokens, a parent's included (count)")
+    flops: float = Field(description="training FLOPs, a parent's included")
     bits_per_weight: float = Field(description="stored bits per compressed weight, scales and masks included")
     payload_bits: float = Field(description="stored bits per compressed weight, codes alone")
     tokens_digest: str = Field(description="digest of the token store's manifest")
@@ -67,14 +67,14 @@ _COLUMNS: list[tuple[str, pa.DataType, str, str]] = [
     ("run", pa.string(), "", "run id"),
     ("size", pa.string(), "", "label of the size"),
     ("n", pa.int64(), "count", "non-embedding parameters; for sparse runs total, not non-zero"),
-    ("d", pa.int64(), "count", "training tokens"),
+    ("d", pa.int64(), "count", "training tokens, a parent's included"),
     ("representation", pa.string(), "", "label of the representation; dense is the reference"),
     ("loss", pa.float64(), "nats/token", "cross-entropy over the whole validation split"),
     ("seed", pa.int64(), "", "seed of initialisation and data order"),
     ("status", pa.string(), "", "ok or diverged; only ok rows are fitted"),
     ("bits_per_byte", pa.float64(), "bits/byte", "validation loss per byte of text"),
     ("train_loss", pa.float64(), "nats/token", "mean training loss over the last 5 % of the steps"),
-    ("flops", pa.float64(), "FLOP", "training FLOPs"),
+    ("flops", pa.float64(), "FLOP", "training FLOPs, a parent's included"),
     ("bits_per_weight", pa.float64(), "bits", "stored bits per compressed weight with scales and masks"),
     ("payload_bits", pa.float64(), "bits", "stored bits per compressed weight, codes alone"),
     ("n_compressed", pa.int64(), "count", "parameters under the representation"),
@@ -87,6 +87,8 @@ _COLUMNS: list[tuple[str, pa.DataType, str, str]] = [
     ("gmse", pa.float64(), "", "mean squared error of the weight format on N(0, 1) data; 0 for dense"),
     ("activation_gmse", pa.float64(), "", "mean squared error of the activation format on N(0, 1) data"),
     ("rho", pa.float64(), "", "multiplier predicted from the errors, before any training"),
+    ("qat_tokens", pa.int64(), "count", "tokens of d seen under the representation; 0 for dense runs"),
+    ("trajectory", pa.string(), "", "dense trajectory that the run lies on; its own id if it shares none"),
 ]
 
 LOSS_SCHEMA = pa.schema(
@@ -115,6 +117,8 @@ def loss_row(record: Record, capacity: Mapping[str, Any] | None = None) -> dict[
         "representation": run.representation_name,
         "seed": run.seed,
         "learning_rate": run.training.learning_rate,
+        "qat_tokens": run.qat_tokens,
+        "trajectory": run.trajectory,
     }
 
 

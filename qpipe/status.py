@@ -126,6 +126,8 @@ def _seconds_per_flop(runs: list[Run], results: Path, found: list[RunStatus]) ->
     """Return the median wall time per FLOP of finished runs and, while there are none, of running ones."""
     done, running = [], []
     for run, one in zip(runs, found, strict=True):
+        if not run.steps:  # rounded, not trained: its seconds say nothing about others
+            continue
         if one.stage == "done" and (seconds := _runtime(results / "runs" / run.id).get("wall_seconds")):
             done.append(seconds / run.flops)
         elif one.stage == "running" and one.tokens_per_second:
@@ -136,7 +138,7 @@ def _seconds_per_flop(runs: list[Run], results: Path, found: list[RunStatus]) ->
 def _timed(run: Run, one: RunStatus, pace: float | None) -> RunStatus:
     if one.stage in ("done", "diverged"):
         return one
-    share = 1 - one.step / run.steps
+    share = 1 - one.step / max(run.steps, 1)
     if one.tokens_per_second:
         left: float | None = share * run.tokens / one.tokens_per_second
     else:

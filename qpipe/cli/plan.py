@@ -48,7 +48,7 @@ def _row(run: Any, folder: Path, tflops: float) -> dict[str, Any]:
     return {
         "id": run.id,
         "n": run.parameters.non_embedding,
-        "d": run.tokens,
+        "d": run.total_tokens,
         "representation": run.representation_name,
         "seed": run.seed,
         "flops": run.flops,

@@ -100,7 +100,7 @@ class TimedCheckpoint(lightning.Callback):
 def newest_checkpoint(scratch: Scratch, run_id: str) -> Path | None:
     """Return the newest checkpoint that is whole and belongs to the run; say so about others."""
     for path in scratch.checkpoints():
-        problem = _problem(path, run_id)
+        problem = checkpoint_problem(path, run_id)
         if problem is None:
             return path
         log.warning("checkpoint %s is not usable (%s); falling back to the one before it", path, problem)
@@ -108,7 +108,8 @@ def newest_checkpoint(scratch: Scratch, run_id: str) -> Path | None:
     return None
 
 
-def _problem(path: Path, run_id: str) -> str | None:
+def checkpoint_problem(path: Path, run_id: str) -> str | None:
+    """Return why a checkpoint cannot be used, or None: damaged, not loadable without code, another run's."""
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()

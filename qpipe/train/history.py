@@ -21,7 +21,7 @@ from torch import Tensor
 
 from qpipe.files import replacing
 from qpipe.runs import Run
-from qpipe.train.schedule import learning_rate
+from qpipe.train.schedule import run_learning_rate
 from qpipe.train.validation import diverged
 
 Row = dict[str, float | int | None]
@@ -103,7 +103,7 @@ class History:
             "step": step,
             "tokens": step * self.run.tokens_per_step,
             "train_loss": loss,
-            "learning_rate": learning_rate(self.run.training, step - 1, self.run.steps),
+            "learning_rate": run_learning_rate(self.run, step - 1),
             "gradient_norm": norm,
             "validation_loss": validation_loss,
         }
@@ -123,8 +123,13 @@ class History:
             self.failure = f"training loss {loss:.2f} above {limit:.2f} (2 ln V) at step {step:,} of {self.run.steps:,}"
 
     @property
-    def tail_loss(self) -> float:
-        """Mean training loss over the last 5 % of the steps (nats/token)."""
+    def tail_loss(self) -> float | None:
+        """Mean training loss over the last 5 % of the steps (nats/token).
+
+        None without steps, and for a trunk: it would depend on the shorter trunk that this one went on from.
+        """
+        if not self.run.steps or self.run.training.schedule == "constant":
+            return None
         return self._sums[2].item() / (self.run.steps - self._tail_start)
 
     @property
@@ -165,7 +170,7 @@ def _column(values: list[float | int | None], kind: type) -> Any:
     """Return an Arrow array made of raw buffers: the usual constructors import pandas, half a second in a short run."""
     import pyarrow as pa
 
-    present = np.packbits([value is not None for value in values], bitorder="little")
+    present = np.packbits(np.array([value is not None for value in values], bool), bitorder="little")
     data: NDArray[Any] = np.array([0 if value is None else value for value in values], kind)
     buffers = [pa.py_buffer(present), pa.py_buffer(data)]
     return pa.Array.from_buffers(pa.from_numpy_dtype(kind), len(values), buffers)

@@ -23,6 +23,8 @@ from qpipe.runs import Run
 from qpipe.train.history import History, write_curve
 
 RECORD, WEIGHTS, CURVE, RUNTIME, RUN = "record.json", "model.safetensors", "curve.parquet", "runtime.json", "run.yaml"
+STATE = "state.ckpt"
+"""Weights and optimizer state of a run that ends in mid-schedule, for the runs that go on from there."""
 
 
 def finished_record(run: Run, out: Path) -> Record | None:
@@ -32,6 +34,8 @@ def finished_record(run: Run, out: Path) -> Record | None:
     record = load_record(out / RECORD)
     if record.id != run.id:
         raise QpipeError(f"{out} holds the record of run {record.id}, not of {run.id}; choose another folder")
+    if run.keeps_state and record.status == "ok" and not (out / STATE).exists():
+        return None
     weights = out / WEIGHTS
     return record if weights.exists() and file_digest(weights) == record.weights_digest else None
 
@@ -64,8 +68,8 @@ def make_record(run: Run, store: TokenStore, history: History, steps: int, loss:
         n=count.non_embedding,
         n_compressed=0 if run.format_spec.is_dense else count.blocks_linear,
         n_embedding=count.embedding + count.head,
-        d=run.tokens,
-        flops=run.flops,
+        d=run.total_tokens,
+        flops=run.total_flops,
         bits_per_weight=total,
         payload_bits=payload,
         tokens_digest=store.digest,

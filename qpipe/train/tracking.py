@@ -93,7 +93,7 @@ class Tracking:
             group=os.environ.get("QPIPE_WANDB_GROUP") or None,
             job_type="train",
             mode=mode,
-            config={**run.model_dump(mode="json"), "n": run.parameters.non_embedding, "d": run.tokens},
+            config={**run.model_dump(mode="json"), "n": run.parameters.non_embedding, "d": run.total_tokens},
             settings=wandb.Settings(console="off", silent=True, init_timeout=_INIT_SECONDS),
         )
         experiment.define_metric("*", step_metric="trainer/global_step")
