@@ -7,6 +7,8 @@ twice over, plus start-up. Both are estimates with room: a retry asks for more m
 reaches its time limit is requeued and goes on from its checkpoint.
 """
 
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +23,9 @@ PROCESS_MB = 1500
 GPU_PROCESS_MB = 4000
 """The same with a CUDA context, compiler workers and pinned buffers (MB)."""
 DEVICES = "QPIPE_DEVICES"
+"""Environment: devices of each node that train one run together."""
+NODES = "QPIPE_NODES"
+"""Environment: nodes that train one run together, where srun starts a process per device."""
 BYTES_PER_PARAMETER = 20
 FLOATS_PER_FEATURE = 60
 """Floats kept for backward per token, layer and feature of width: 34 of a Llama block, the rest of the quantizers."""
@@ -44,12 +49,12 @@ class Site:
     """runs that share a GPU on a machine without a scheduler, which then take leases (`qpipe.leases`)"""
     warm: bool = False
     """runs are trained by warm workers (`qpipe.warm`)"""
-    devices_of: Mapping[str, int] = field(default_factory=dict)
-    """devices of one node that train a run together, by size; one where a size is not named"""
+    devices_of: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """(nodes, devices per node) that train a run together, by size; one device where a size is not named"""
 
     @classmethod
     def from_profile(cls, resources: Mapping[str, Any]) -> "Site":
-        """Read the profile's resources for training: the fields above, `devices` as '430M:2 800M:8' (error: others)."""
+        """Read the profile's resources for training: the fields above, `devices` like '430M:4 800M:2x8'."""
         given = {name: str(getattr(value, "raw", value)).strip("'\"") for name, value in resources.items()}
         number = {name: _positive(name, given[name]) for name in ("tflops", "longest", "runs_per_gpu") if name in given}
         gpu = any(name in given for name in ("gpu_type", "gpu", "runs_per_gpu"))
@@ -63,37 +68,57 @@ class Site:
             devices_of=_counts(given.get("devices", "")),
         )
 
-    def devices(self, run: Run) -> int:
-        """Return the devices that train a run together (error: its batch cannot be shared equally)."""
-        count = self.devices_of.get(run.size, 1)
-        if run.training.batch_sequences % count:
+    def devices(self, run: Run) -> tuple[int, int]:
+        """Return (nodes, devices per node) that train a run together (error: its batch cannot be shared equally)."""
+        nodes, per_node = self.devices_of.get(run.size, (1, 1))
+        if run.training.batch_sequences % (nodes * per_node):
             raise QpipeError(
-                f"profile, set-resources: train: devices: {run.size}:{count}: run {run.id} has "
-                f"{run.training.batch_sequences} sequences per step, not a multiple of {count}"
+                f"profile, set-resources: train: devices: {run.size}:{_shown(nodes, per_node)}: run {run.id} has "
+                f"{run.training.batch_sequences} sequences per step, not a multiple of {nodes * per_node}"
             )
-        return count
+        return nodes, per_node
 
     def gres(self, run: Run) -> str:
-        """Return Slurm's request for a run's GPUs, empty where the profile names no GPU type."""
-        return f"{self.gpu_type}:{self.devices(run)}" if self.gpu_type else ""
+        """Return Slurm's request for a run's GPUs on each node, empty where the profile names no GPU type."""
+        return f"{self.gpu_type}:{self.devices(run)[1]}" if self.gpu_type else ""
+
+    def parallel(self, run: Run, threads: int) -> dict[str, Any]:
+        """Return what the executor plugin for Slurm is asked for beyond one process on one device.
+
+        A run on several devices is an MPI job to the plugin: it then leaves `srun` to the rule's command, which starts
+        a process per device with it. `launch` is that call, empty for other runs; the rest is absent for them.
+        """
+        nodes, per_node = self.devices(run)
+        if nodes * per_node == 1 or not self.gpu_type:
+            return {"launch": ""}
+        cores = max(1, threads // per_node)
+        # Never both: the plugin refuses, and takes `tasks` for tasks per GPU unless that is said to be 0.
+        tasks = {"tasks_per_node": per_node} if per_node > 1 else {"tasks": nodes, "tasks_per_gpu": 0}
+        launch = (
+            f"srun --nodes={nodes} --ntasks={nodes * per_node} --ntasks-per-node={per_node} --cpus-per-task={cores} "
+            f"--gres={self.gres(run)} --kill-on-bad-exit=1"
+        )
+        return {"mpi": "srun", "nodes": nodes, "cpus_per_task": cores, "launch": launch, **tasks}
 
     def environment(self, run: Run, threads: int) -> str:
         """Return shell assignments that tell a trainer what it may use of the machine."""
-        devices = self.devices(run)
-        settings = {"OMP_NUM_THREADS": max(1, threads // devices), DEVICES: devices, RUNS_PER_GPU: self.runs_per_gpu}
-        if self.warm and devices == 1:
+        nodes, per_node = self.devices(run)
+        settings = {"OMP_NUM_THREADS": max(1, threads // per_node), DEVICES: per_node, RUNS_PER_GPU: self.runs_per_gpu}
+        if nodes * per_node > 1 and self.gpu_type:
+            settings[NODES] = nodes
+        if self.warm and nodes * per_node == 1:
             settings[WARM] = 1
         return " ".join(f"{name}={value}" for name, value in settings.items() if value is not None)
 
     def memory_mb(self, run: Run, attempt: int) -> int:
-        """Return the host memory a job asks for (MB); each attempt asks for as much again."""
+        """Return the host memory a job asks for on each node (MB); each attempt asks for as much again."""
         parameters = run.parameters.total * BYTES_PER_PARAMETER
         need = (GPU_PROCESS_MB if self.gpu else PROCESS_MB) + (parameters + self._activations(run)) / 1e6
-        return round(need * self.devices(run) * attempt)
+        return round(need * self.devices(run)[1] * attempt)
 
     def minutes(self, run: Run, attempt: int) -> int:
         """Return the time a job asks for (minutes), at most `longest`."""
-        seconds = run.flops / (self.tflops * 1e12 * self.devices(run)) + run.steps * STEP_SECONDS
+        seconds = run.flops / (self.tflops * 1e12 * math.prod(self.devices(run))) + run.steps * STEP_SECONDS
         return min(self.longest, round((START_MINUTES + 2 * seconds / 60) * attempt))
 
     def _activations(self, run: Run) -> float:
@@ -111,11 +136,25 @@ def micro_batch(run: Run) -> int:
     return min(run.training.batch_sequences, max(1, 32768 // shape.context))
 
 
-def _counts(text: str) -> dict[str, int]:
-    words = [word.partition(":") for word in text.split()]
-    if wrong := [size for size, _, count in words if not count.isdigit() or int(count) < 1]:
-        raise QpipeError(f"profile, set-resources: train: devices: expected size:count, as in '800M:8', found {wrong}")
-    return {size: int(count) for size, _, count in words}
+def _counts(text: str) -> dict[str, tuple[int, int]]:
+    found: dict[str, tuple[int, int]] = {}
+    wrong = []
+    for word in text.split():
+        size, _, count = word.partition(":")
+        if match := re.fullmatch(r"(?:([1-9]\d*)x)?([1-9]\d*)", count):
+            found[size] = (int(match[1] or 1), int(match[2]))
+        else:
+            wrong.append(word)
+    if wrong:
+        raise QpipeError(
+            "profile, set-resources: train: devices: expected size:devices or size:nodesxdevices, as in "
+            f"'430M:4 800M:2x8', found {wrong}"
+        )
+    return found
+
+
+def _shown(nodes: int, per_node: int) -> str:
+    return f"{nodes}x{per_node}" if nodes > 1 else str(per_node)
 
 
 def _positive(name: str, value: str) -> float:

@@ -96,18 +96,35 @@ def test_profile_says_what_trains(runs):
 
 
 def test_large_sizes_get_several_devices_of_one_node(runs):
-    site = Site.from_profile({"gpu_type": "'gpu:h100'", "devices": "'430M:4 800M:8'", "tflops": 100})
+    site = Site.from_profile({"gpu_type": "'gpu:h100'", "devices": "'430M:4 800M:2x8'", "tflops": 100})
     small, large = runs["30M"], runs["430M"]
     assert (site.gres(small), site.gres(large)) == ("gpu:h100:1", "gpu:h100:4")
-    assert site.environment(large, 32) == "OMP_NUM_THREADS=8 QPIPE_DEVICES=4"
+    assert site.environment(large, 32) == "OMP_NUM_THREADS=8 QPIPE_DEVICES=4 QPIPE_NODES=1"
     alone = Site.from_profile({"gpu_type": "gpu", "tflops": 100, "longest": 10**6})
     together = Site.from_profile({"gpu_type": "gpu", "tflops": 100, "longest": 10**6, "devices": "430M:4"})
     assert together.minutes(large, 1) < 0.3 * alone.minutes(large, 1)
     assert together.memory_mb(large, 1) == pytest.approx(4 * alone.memory_mb(large, 1), abs=4)
     with pytest.raises(QpipeError, match=r"430M:3: run .* has 512 sequences per step"):
         Site.from_profile({"devices": "430M:3"}).devices(large)
-    with pytest.raises(QpipeError, match=r"expected size:count, as in '800M:8', found \['800M=8'\]"):
-        Site.from_profile({"devices": "800M=8"})
+    for wrong in ("800M=8", "800M:0", "800M:2x", "800M:0x2"):
+        with pytest.raises(QpipeError, match=rf"expected size:devices or size:nodesxdevices.*found \['{wrong}'\]"):
+            Site.from_profile({"devices": f"430M:4 {wrong}"})
+
+
+def test_runs_on_several_nodes_are_started_by_srun_with_a_task_per_device(runs):
+    site = Site.from_profile({"gpu_type": "gpu", "devices": "30M:2 50M:2x1 100M:2x8"})
+    assert site.parallel(runs["430M"], 16) == {"launch": ""}
+    assert Site.from_profile({"devices": "30M:2"}).parallel(runs["30M"], 16) == {"launch": ""}  # no Slurm, no srun
+    several = site.parallel(runs["100M"], 32)
+    assert several["launch"].split() == [
+        *("srun", "--nodes=2", "--ntasks=16", "--ntasks-per-node=8", "--cpus-per-task=4", "--gres=gpu:8"),
+        "--kill-on-bad-exit=1",
+    ]
+    assert (several["nodes"], several["tasks_per_node"], several["cpus_per_task"]) == (2, 8, 4)
+    # The plugin wants more than one task per node and reads `tasks` as tasks per GPU, unless that is given.
+    one_each = site.parallel(runs["50M"], 32)
+    assert (one_each["tasks"], one_each["tasks_per_gpu"]) == (2, 0)
+    assert "tasks_per_node" not in one_each
 
 
 def test_profile_avoids_the_traps():

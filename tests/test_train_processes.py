@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -63,3 +64,36 @@ def test_batches_that_cannot_be_shared_are_refused(tmp_path):
     _, done = train(tmp_path, 1, QPIPE_DEVICES="all")
     assert done.returncode == 2
     assert "QPIPE_DEVICES=all" in done.stderr
+
+
+def test_processes_that_srun_starts_on_two_nodes_train_one_run(tmp_path):
+    """Two processes with the variables that srun gives to the tasks of two nodes; that srun does is tested on Slurm."""
+    alone, loss = finished(tmp_path, 1, "dense")
+    out = tmp_path / "together"
+    command = [sys.executable, "-m", "qpipe", "train", *map(str, (tmp_path / "run.yaml", tmp_path / "tokens", out))]
+    shared = {"QPIPE_NODES": "2", "QPIPE_DEVICES": "1", "QPIPE_ACCELERATOR": "cpu", "WANDB_MODE": "disabled"}
+    shared |= {"SLURM_NTASKS": "2", "SLURM_LOCALID": "0", "OMP_NUM_THREADS": "1"}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    tasks = []
+    for rank in ("1", "0"):  # the main process comes last: the other waits for it
+        environment = {**os.environ, **shared, "SLURM_PROCID": rank, "SLURM_NODEID": rank}
+        tasks.append(subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True))
+    for task in tasks:
+        assert task.wait(120) == 0, task.communicate()[1]
+        task.communicate()
+    curve = pd.read_parquet(out / "curve.parquet")
+    np.testing.assert_allclose(curve["gradient_norm"][0], alone["gradient_norm"][0], rtol=1e-4)
+    assert json.loads((out / "record.json").read_text())["loss"] == pytest.approx(loss, rel=2e-4)
+    assert json.loads((out / "runtime.json").read_text())["devices"] == 2
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def test_another_number_of_processes_than_asked_for_is_refused(tmp_path):
+    _, done = train(tmp_path, 2, QPIPE_NODES="2", SLURM_NTASKS="2")
+    assert done.returncode == 2
+    assert "ask for 4 processes, srun has started 2; use srun --nodes=2 --ntasks-per-node=2" in done.stderr

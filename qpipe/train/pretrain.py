@@ -60,14 +60,14 @@ def train_run(run_file: Path, tokens: Path, out: Path) -> Record | None:
     scratch, checkpoint = processes.claim(run, out)
     module = TrainingModule(run, batches, history)
     if not processes.main:
-        beside = make_trainer(run, scratch, [Recorder(history, validation, [])], history, None, processes.count)
+        beside = make_trainer(run, scratch, [Recorder(history, validation, []), *states], history, None, processes)
         beside.fit(module, ckpt_path=checkpoint, weights_only=True)
         return None
     log.info("run %s: %s", run.id, describe_plan(run, batches))
     tracking = Tracking(run, out)
     progress = Progress(run, scratch)
-    callbacks = [Recorder(history, validation, [progress, tracking]), progress]
-    trainer = make_trainer(run, scratch, callbacks, history, tracking.logger, processes.count)
+    callbacks = [Recorder(history, validation, [progress, tracking]), progress, *states]
+    trainer = make_trainer(run, scratch, callbacks, history, tracking.logger, processes)
     if checkpoint is not None:
         log.info("attempt %d resumes from %s", scratch.attempt, checkpoint.name)
     trainer.fit(module, ckpt_path=checkpoint, weights_only=True)
@@ -105,7 +105,7 @@ def plan_data(run: Run, store: TokenStore) -> tuple[Batches, Validation, History
 
 
 def make_trainer(
-    run: Run, scratch: Scratch, callbacks: list[Any], history: History, logger: Any | None, devices: int
+    run: Run, scratch: Scratch, callbacks: list[Any], history: History, logger: Any | None, processes: Processes
 ) -> Any:
     """Return Lightning's Trainer for a run, with nothing in it that a run does not use."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -114,8 +114,9 @@ def make_trainer(
     timed = TimedCheckpoint(scratch, history, run.id, checkpoint_seconds())
     return lightning.Trainer(
         accelerator=os.environ.get("QPIPE_ACCELERATOR", "auto"),
-        devices=devices,
-        strategy="ddp" if devices > 1 else "auto",
+        devices=processes.per_node,
+        num_nodes=processes.nodes,
+        strategy="ddp" if processes.count > 1 else "auto",
         # Without this, Lightning inside a Slurm job would wait for srun, and take requeueing into its own hands.
         plugins=[DurableCheckpointIO(), LightningEnvironment()],
         precision="bf16-mixed" if run.training.precision == "bf16" else "32-true",

@@ -42,6 +42,13 @@ def tokens_of_unfinished_run(wildcards):
     return [] if finished else [TOKENS]
 
 
+def parallel(name):
+    """A resource of runs that several devices train together, absent for the others."""
+    return lambda wildcards, threads: SITE.parallel(RUNS[wildcards.run], threads).get(
+        name
+    )
+
+
 def losses_of_law(wildcards):
     """Partitions of the loss table that a law is fitted to: no others can invalidate it."""
     return [

@@ -42,6 +42,13 @@ rule train:
     resources:
         mem_mb=lambda wildcards, attempt: SITE.memory_mb(RUNS[wildcards.run], attempt),
         gres=lambda wildcards: SITE.gres(RUNS[wildcards.run]),
+        launch=parallel("launch"),
+        mpi=parallel("mpi"),
+        nodes=parallel("nodes"),
+        tasks=parallel("tasks"),
+        tasks_per_node=parallel("tasks_per_node"),
+        tasks_per_gpu=parallel("tasks_per_gpu"),
+        cpus_per_task=parallel("cpus_per_task"),
         # How a run uses the machine is a resource and not a parameter: it must never train a run again.
         environment=lambda wildcards, threads: SITE.environment(
             RUNS[wildcards.run], threads
@@ -50,5 +57,5 @@ rule train:
     message:
         "Training {wildcards.run}"
     shell:
-        "{resources.environment} {WANDB} "
+        "{resources.environment} {WANDB} {resources.launch} "
         "{QPIPE} train {wildcards.run} {TOKENS} $(dirname {output.record}) --study {STUDY_FILE:q} >> {log} 2>&1"
