@@ -60,13 +60,13 @@ def train_run(run_file: Path, tokens: Path, out: Path) -> Record | None:
     scratch, checkpoint = processes.claim(run, out)
     module = TrainingModule(run, batches, history)
     if not processes.main:
-        beside = make_trainer(run, scratch, [Recorder(history, validation, []), *states], history, None, processes)
+        beside = make_trainer(run, scratch, [Recorder(history, validation, [])], history, None, processes)
         beside.fit(module, ckpt_path=checkpoint, weights_only=True)
         return None
     log.info("run %s: %s", run.id, describe_plan(run, batches))
     tracking = Tracking(run, out)
     progress = Progress(run, scratch)
-    callbacks = [Recorder(history, validation, [progress, tracking]), progress, *states]
+    callbacks = [Recorder(history, validation, [progress, tracking]), progress]
     trainer = make_trainer(run, scratch, callbacks, history, tracking.logger, processes)
     if checkpoint is not None:
         log.info("attempt %d resumes from %s", scratch.attempt, checkpoint.name)
