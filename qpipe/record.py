@@ -88,7 +88,7 @@ _COLUMNS: list[tuple[str, pa.DataType, str, str]] = [
     ("activation_gmse", pa.float64(), "", "mean squared error of the activation format on N(0, 1) data"),
     ("rho", pa.float64(), "", "multiplier predicted from the errors, before any training"),
     ("qat_tokens", pa.int64(), "count", "tokens of d seen under the representation; 0 for dense runs"),
-    ("trajectory", pa.string(), "", "dense trajectory that the run lies on; its own id if it shares none"),
+    ("trajectory", pa.string(), "", "dense trajectory that the run branches off; none for runs from random weights"),
 ]
 
 LOSS_SCHEMA = pa.schema(

@@ -135,14 +135,14 @@ class Run(Growing):
         return self.training.schedule == "constant"
 
     @cached_property
-    def trajectory(self) -> str:
-        """Id of the dense trajectory it lies on: equal for all runs that branch off one trunk, else the run's own."""
-        trunk = self
-        while trunk.parent is not None:
-            trunk = trunk.parent.run
-        if trunk.training.schedule != "constant":
-            return trunk.id
-        return f"n{trunk.size.lower()}-trunk-s{trunk.seed}-{digest({**trunk.science(), 'steps': None})}"
+    def trajectory(self) -> str | None:
+        """Name of the dense trajectory it lies on, equal for all runs that branch off one trunk or run; else None."""
+        first = self
+        while first.parent is not None:
+            first = first.parent.run
+        if first.training.schedule != "constant":
+            return None if self.parent is None else first.id
+        return f"n{first.size.lower()}-trunk-s{first.seed}-{digest({**first.science(), 'steps': None})}"
 
     @cached_property
     def parameters(self) -> ParameterCount:

@@ -146,7 +146,8 @@ def _result(fitted: Fitted, draws: Array | None, profiles: dict[str, Any]) -> Fi
 
 
 def _method(fitted: Fitted) -> str:
-    unit = "trajectory" if "trajectory" in fitted.rows.table else "run"
+    table = fitted.rows.table
+    unit = "trajectory" if "trajectory" in table and (table["trajectory"] != "").any() else "run"
     kind = "Bayesian bootstrap" if np.isfinite(fitted.problem.objective.threshold) else "case bootstrap"
     return f"{kind} by {unit}, stratified by representation, percentile"
 
