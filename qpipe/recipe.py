@@ -16,6 +16,13 @@ Two families ship:
 ``tiny``
     The same design scaled down to models that a laptop trains in seconds, for demonstrations and tests. Its learning
     rates were chosen by short sweeps on documentation strings, not studied carefully.
+
+A third recipe is for finetuning a finished dense model under a representation:
+
+``paretoq``
+    ParetoQ (arXiv 2502.02631): AdamW without weight decay, a cosine to zero without warm-up, 128 sequences of 2048
+    tokens per step; 120,000 steps at 2e-5 for 1, 1.58 and 2 bits, 40,000 at 1e-5 for 3 and 4 (31.5 and 10.5 billion
+    tokens). Betas, epsilon and clipping are the defaults of the trainer that its code uses.
 """
 
 from typing import Any, ClassVar, Literal
@@ -147,6 +154,49 @@ class Recipe(_Frozen):
         return self.rungs[size]
 
 
+class FinetuneRecipe(_Frozen):
+    """Training policy of quantization-aware finetuning, by bits per weight."""
+
+    name: str
+    version: int
+    learning_rate: float
+    low_bit_learning_rate: float
+    steps: int
+    low_bit_steps: int
+    batch_sequences: int
+    context: int
+
+    def training(
+        self, bits: float, *, batch_sequences: int, precision: Literal["fp32", "bf16"], learning_rate: float | None
+    ) -> Training:
+        """Return optimizer and schedule for a weight format of so many bits; `learning_rate` None is the recipe's."""
+        rate = self.low_bit_learning_rate if is_low_bit(bits) else self.learning_rate
+        return Training(
+            recipe=self.name,
+            recipe_version=self.version,
+            learning_rate=rate if learning_rate is None else learning_rate,
+            schedule="cosine",
+            warmup_fraction=0.0,
+            final_fraction=0.0,
+            weight_decay=0.0,
+            beta1=0.9,
+            beta2=0.999,
+            clip=1.0,
+            batch_sequences=batch_sequences,
+            precision=precision,
+        )
+
+    def tokens(self, bits: float) -> int:
+        """Return the published training length for a weight format of so many bits (tokens)."""
+        steps = self.low_bit_steps if is_low_bit(bits) else self.steps
+        return steps * self.batch_sequences * self.context
+
+
+def is_low_bit(bits: float) -> bool:
+    """Whether ParetoQ counts a weight format among those that rebuild the weights rather than adjust them."""
+    return bits <= 2
+
+
 def swiglu_width(width: int, multiple: int) -> int:
     """Return 8d/3 rounded up to a multiple: a gated block of a plain 4d one's size (2502.05003, app. B)."""
     return -(-(8 * width // 3) // multiple) * multiple
@@ -185,6 +235,17 @@ TINY = Recipe(
         "1M": Rung(nominal=1_000_000, layers=4, width=160, heads=5, learning_rate=4e-3),
         "3M": Rung(nominal=3_000_000, layers=5, width=256, heads=4, learning_rate=3e-3),
     },
+)
+
+PARETOQ = FinetuneRecipe(
+    name="paretoq",
+    version=1,
+    learning_rate=1e-5,
+    low_bit_learning_rate=2e-5,
+    steps=40_000,
+    low_bit_steps=120_000,
+    batch_sequences=128,
+    context=2048,
 )
 
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (QUEST, TINY)}

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 
 from qpipe.corpus_config import CorpusConfig, TokenizerConfig, corpus_identity
 from qpipe.errors import QpipeError
+from qpipe.finetune_config import Finetune, Ground, finetuned_runs
 from qpipe.formats import Representation, resolve
 from qpipe.identity import digest
 from qpipe.recipe import Recipe, Rung, get_recipe
@@ -134,9 +135,17 @@ class Study(_Strict):
     seeds: list[Annotated[int, Field(ge=0)]] = Field(default=[0], min_length=1, description="seeds")
     include: list[Rule] = Field(default=[], description="further runs: keys left out take the study's values")
     exclude: list[Rule] = Field(default=[], description="runs to leave out")
+    finetune: list[Finetune] = Field(
+        default=[], description="families of finetuned runs: dense first, compressed later"
+    )
     laws: list[Law] = Field(default=[Law(law="compression")], description="laws to fit, by name or spelled out")
     fit: FitOptions = Field(default=FitOptions(), description="options of the fits")
     wandb: Wandb = Field(default=Wandb(), description="experiment tracking")
+
+    @field_validator("finetune", mode="before")
+    @classmethod
+    def _single_family_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, Mapping) else value
 
     @field_validator("laws", mode="before")
     @classmethod
@@ -191,7 +200,7 @@ def parse_study(raw: Any, source: str) -> Study:
         problems += explain(error, Study, raw)
     problems += _problems(raw)
     if study is not None and not problems:
-        problems += _rule_problems(study)
+        problems += [*_rule_problems(study), *_finetune_problems(study)]
     if problems:
         raise QpipeError([f"{source}: {problem}" for problem in dict.fromkeys(problems)])
     assert study is not None
@@ -303,8 +312,17 @@ def _rule_problems(study: Study) -> Iterator[str]:
         yield "exclude: leaves no run"
 
 
+def _finetune_problems(study: Study) -> Iterator[str]:
+    for position, section in enumerate(study.finetune):
+        try:
+            found = list(section.problems(study.default_method, set(study.recipe.rungs)))
+        except QpipeError as error:
+            found = error.problems
+        yield from (f"finetune[{position}]: {problem}" for problem in found)
+
+
 def plan(study: Study, base: Path | None = None) -> list[Run]:
-    """Return the study's runs in a fixed order (errors: missing corpus files, two runs with one id).
+    """Return the study's runs in a fixed order, parents before children (errors: missing corpus files, ids that clash).
 
     Parameters
     ----------
@@ -321,7 +339,19 @@ def plan(study: Study, base: Path | None = None) -> list[Run]:
         raise QpipeError(
             [f"two runs of the study have the id {run_id}; rename a size or representation" for run_id in twice]
         )
-    return runs
+    return list({run.id: run for run in [*runs, *_finetuned(study, recipe, corpus)]}.values())
+
+
+def _finetuned(study: Study, recipe: Recipe, corpus: str) -> Iterator[Run]:
+    """Yield the runs of the study's finetune sections; runs that several of them need come more than once."""
+    budgets = study.tokens_per_parameter or study.tokens or []
+    for section in study.finetune:
+        sizes = section.sizes or study.size_names
+        for size, budget, seed in itertools.product(sizes, map(float, budgets), study.seeds):
+            shape, training = _policy(recipe, size, study.tokenizer.vocab_size, study.ladder)
+            ground = Ground(size, recipe.rungs[size].nominal, shape, training, corpus, seed)
+            tokens = budget if study.tokens is not None else budget * ground.nominal
+            yield from finetuned_runs(section, ground, tokens, study.default_method)
 
 
 def study_corpus(study: Study, base: Path | None = None) -> str:

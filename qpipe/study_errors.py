@@ -35,6 +35,8 @@ def _path(location: Sequence[Any], raw: Any) -> str:
     for position, part in enumerate(location):
         last = position == len(location) - 1
         if isinstance(part, int):
+            if value is not None and not isinstance(value, list):
+                continue  # a single value where a list stands
             text += f"[{part}]"
             value = value[part] if isinstance(value, list) and part < len(value) else None
         elif isinstance(value, Mapping) and part in value and (last or isinstance(value[part], Mapping | list)):

@@ -5,6 +5,7 @@ The Snakefile is parsed again in every cluster job, so this module and all it im
 
 import ast
 import hashlib
+import itertools
 import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -43,7 +44,11 @@ class Workflow:
         self.name = study.name
         self.corpus = study_corpus(study, base)
         self.runs: dict[str, Run] = {run.id: run for run in plan(study, base)}
-        self.formats: dict[str, Representation] = {f.slug: f for f in study.resolved_representations().values()}
+        # Runs that end in mid-schedule are steps on the way to others: trained, but no data.
+        finished = {r.representation_name: r.format_spec for r in self.runs.values() if not r.keeps_state}
+        self.formats: dict[str, Representation] = {
+            f.slug: f for f in {**finished, **study.resolved_representations()}.values()
+        }
 
     @classmethod
     def from_snakemake(cls, workflow: Any) -> "Workflow":
@@ -63,8 +68,22 @@ class Workflow:
         slugs = {representation.name: slug for slug, representation in self.formats.items()}
         grouped: dict[str, list[str]] = {slug: [] for slug in self.formats}
         for run in self.runs.values():
-            grouped[slugs[run.representation_name]].append(run.id)
+            if not run.keeps_state:
+                grouped[slugs[run.representation_name]].append(run.id)
         return {slug: ids for slug, ids in grouped.items() if ids}
+
+    @cached_property
+    def starts_from(self) -> dict[str, str]:
+        """Run that has to be finished before a run can start, by run id: its parent, or the next shorter trunk."""
+        found = {run.id: run.parent.run.id for run in self.runs.values() if run.parent is not None}
+        trunks: dict[str, list[Run]] = {}
+        for run in self.runs.values():
+            if run.keeps_state and run.parent is None:
+                trunks.setdefault(str(run.trajectory), []).append(run)
+        for runs in trunks.values():
+            ordered = sorted(runs, key=lambda run: run.steps)
+            found |= {later.id: earlier.id for earlier, later in itertools.pairwise(ordered)}
+        return found
 
     @cached_property
     def laws(self) -> dict[str, LawJob]:

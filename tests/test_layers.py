@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "qpipe"
 LAYERS = {
     0: "errors identity yaml_files files recipe accounting formats runs record progress corpus_config study"
-    " study_errors workflow resources slurm status leases warm file_digests",
+    " study_errors finetune_config workflow resources slurm status leases warm file_digests",
     1: "corpus compress model laws",
     2: "train ptq report",
     3: "cli __main__",

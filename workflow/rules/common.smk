@@ -36,10 +36,12 @@ def records_of_format(wildcards):
     ]
 
 
-def tokens_of_unfinished_run(wildcards):
-    """The token store, for a run that is still to be trained."""
-    finished = Path(f"{RESULTS}/runs/{wildcards.run}/record.json").exists()
-    return [] if finished else [TOKENS]
+def needs_of_unfinished_run(wildcards):
+    """The token store and, if there is one, the run to start from, for a run that is still to be trained."""
+    if Path(f"{RESULTS}/runs/{wildcards.run}/record.json").exists():
+        return []
+    before = STUDY.starts_from.get(wildcards.run)
+    return [TOKENS, *([f"{RESULTS}/runs/{before}/record.json"] if before else [])]
 
 
 def parallel(name):

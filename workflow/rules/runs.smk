@@ -9,7 +9,8 @@ OUTPUTS
 
 A run's id holds a digest of its run.yaml and of its corpus, so what it is trained on and how is fixed by the name of
 its folder. Training therefore depends on nothing but the existence of a token store, and a finished run on nothing at
-all: a store that is deleted and made again trains nothing.
+all: a store that is deleted and made again trains nothing. A run with a parent waits for the parent's record while it
+is unfinished itself; a trunk waits for the next shorter one, which it goes on from.
 """
 
 
@@ -30,7 +31,7 @@ rule plan:
 
 rule train:
     input:
-        ancient(tokens_of_unfinished_run),
+        ancient(needs_of_unfinished_run),
     output:
         record=f"{RESULTS}/runs/{{run}}/record.json",
         weights=f"{RESULTS}/runs/{{run}}/model.safetensors",
