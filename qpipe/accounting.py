@@ -75,3 +75,27 @@ def training_flops_per_token(shape: ModelShape) -> float:
 def training_flops(shape: ModelShape, tokens: int) -> float:
     """Return the FLOPs of training on `tokens` tokens."""
     return training_flops_per_token(shape) * tokens
+
+
+MIB = 2**20
+NORM_BITS = 16
+"""Bits at which norms and other weights outside the representation are counted."""
+
+
+def model_mib(compressed: float, bits: float, embedding: float, embedding_bits: float = 16, other: float = 0) -> float:
+    """Return the size of a model's weights (MiB): linear layers at `bits`, embedding and head at `embedding_bits`.
+
+    ParetoQ's size axis (2502.02631, figures 1 and 7) counts payload bits, 1.58 for ternary, and neither scales nor
+    norms; its figures differ in `embedding_bits`: 16 in figure 1 of the first version, 4 in figure 7. Stored bits per
+    weight, with scales and masks, and `other` give the size on disk instead.
+
+    Parameters
+    ----------
+    compressed
+        Weights of the linear layers (count) at `bits` each.
+    embedding
+        Weights of the embedding, and of the head where it is not tied (count).
+    other
+        Weights at 16 bits (count): norms, and all linear layers of a dense model.
+    """
+    return (compressed * bits + embedding * embedding_bits + other * NORM_BITS) / 8 / MIB

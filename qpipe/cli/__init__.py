@@ -27,9 +27,11 @@ VERBS: dict[str, str] = {
     "multipliers": "fit -> efficiency-multiplier table (parquet, csv, md, tex)",
     "predict": "fit -> predicted loss at any size, tokens and representation",
     "advise": "fit -> best size, tokens and representation for a budget; which runs to do next",
+    "front": "losses -> front of loss against size, with how sure each model's place on it is",
     "figures": "fit + losses -> figures",
     "report": "tables and figures -> one self-contained HTML page",
     "track": "log the multiplier table to Weights & Biases",
+    "sync": "upload what runs logged to Weights & Biases offline",
     "worker": "train runs back to back in one process (started by itself)",
     "schema": "write the JSON schema of study files for editors",
 }
