@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from qpipe.formats import resolve
 from qpipe.model import Decoder
 from qpipe.recipe import RECIPES, ModelShape
-from qpipe.train.module import parameter_groups
+from qpipe.train.step import parameter_groups
 
 Step = Callable[[Tensor], Tensor]
 

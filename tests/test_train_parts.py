@@ -15,9 +15,9 @@ from qpipe.formats import resolve
 from qpipe.model import Decoder
 from qpipe.recipe import QUEST, TINY
 from qpipe.train.data import Batches, BatchStream, permute
-from qpipe.train.module import parameter_groups
 from qpipe.train.schedule import learning_rate
 from qpipe.train.seeds import step_seed
+from qpipe.train.step import parameter_groups
 from qpipe.train.validation import Validation, all_windows, sequences_at_once, some_windows
 
 

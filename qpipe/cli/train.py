@@ -10,10 +10,11 @@ environment:
   QPIPE_CHECKPOINT_SECONDS  time between checkpoints (default: 600)
   QPIPE_ACCELERATOR         cpu, gpu or auto (default: auto)
   QPIPE_COMPILE             0 or 1: compile the model's blocks (default: on GPUs only)
+  QPIPE_CAPTURE             0 or 1: replay the step as one graph (default: on single GPUs)
   QPIPE_WANDB_MODE          online, offline or disabled; QPIPE_WANDB_PROJECT, _ENTITY, _GROUP
   QPIPE_DEVICES             devices that train the run together, a process each (default: 1)
-  QPIPE_RUNS_PER_GPU        wait for a free place on a GPU, so many runs sharing one (machines without a scheduler)
   QPIPE_NODES               nodes with so many devices each, if srun starts the processes; MASTER_ADDR, MASTER_PORT
+  QPIPE_RUNS_PER_GPU        wait for a free place on a GPU, so many runs sharing one (machines without a scheduler)
   QPIPE_WARM                1: let a process that has everything loaded train this run (many short runs)
   OMP_NUM_THREADS           CPU threads
 
@@ -35,6 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN.yaml", help="the resolved run; with --study the id of a run of that study")
     parser.add_argument("tokens", type=Path, metavar="TOKENS", help="token store: its folder or its manifest.json")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the results")
+    parser.add_argument(
+        "--parent", type=Path, metavar="DIR", help="results of the run it starts from (default: beside OUT)"
+    )
     parser.add_argument("--study", type=Path, metavar="STUDY.yaml", help="write OUT/run.yaml from this study first")
 
 
@@ -42,7 +46,8 @@ def run(args: argparse.Namespace) -> int:
     """Train; a run that diverges is a result and ends with 0 as well, one stopped by a signal with 1."""
     run_file = _planned_run(args.study, args.run, args.out) if args.study else Path(args.run)
     if warm.asked_for():
-        return warm.run_in_worker(["train", str(run_file), str(args.tokens), str(args.out)])
+        parent = ["--parent", str(args.parent)] if args.parent else []
+        return warm.run_in_worker(["train", str(run_file), str(args.tokens), str(args.out), *parent])
     with logged_to_stderr("qpipe.train"):
         from qpipe.leases import leased_gpu
         from qpipe.train.pretrain import train_run
@@ -50,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
 
         try:
             with leased_gpu():
-                train_run(run_file, args.tokens, args.out)
+                train_run(run_file, args.tokens, args.out, args.parent)
         except Stopped as stopped:
             print(stopped, file=sys.stderr)
             return 1

@@ -1,0 +1,359 @@
+"""Training step on one GPU: qpipe through Lightning, its bare loop, and a reference that follows QuEST's code.
+
+A step is forward, loss, backward, gradient clipping and AdamW on 64 sequences of 512 random tokens, bfloat16 autocast.
+
+reference   the algorithm of the published training code, compiled as a whole: separate q, k, v, gate and up layers,
+            each quantizing its own input; the Hadamard rotation as one full block-diagonal product; logits in float32
+bare        qpipe's step in a plain loop
+lightning   qpipe's step as `qpipe train` runs it: Lightning's Trainer, its data, history and recorder
+
+    python benchmarks/training_gpu.py --size 30M --representation dense w4a4 w4 2:4 s50 --reference dense w4a4 w4
+    python benchmarks/training_gpu.py --size 1M 5M --vocab-size 4096 --plain
+"""
+
+import argparse
+import gc
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qpipe.accounting import training_flops_per_token
+from qpipe.compress.gaussian import gaussian_multiplier
+from qpipe.formats import TensorFormat, resolve
+from qpipe.identity import digest
+from qpipe.model import Decoder
+from qpipe.recipe import RECIPES, ModelShape
+from qpipe.runs import Run
+from qpipe.train.data import Batches
+from qpipe.train.history import History
+from qpipe.train.lightning_import import LightningEnvironment, lightning
+from qpipe.train.module import TrainingModule
+from qpipe.train.step import TrainingStep, make_optimizer
+
+WARM_STEPS = 12
+
+
+class _Trust(torch.autograd.Function):
+    """Rounds to 2^bits mid-rise levels at the Gaussian-optimal scale; gradient where the error is at most half."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bits: int) -> Tensor:
+        step = gaussian_multiplier(f"int{bits}") * x.float().square().mean(-1, keepdim=True).sqrt() + 1e-8
+        top = 2 ** (bits - 1) - 0.5
+        value = ((x / step).floor() + 0.5).clamp(-top, top) * step
+        ctx.save_for_backward((value - x).abs() <= step / 2)
+        return value.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0] * ctx.saved_tensors[0], None
+
+
+class _ReferenceLinear(nn.Linear):
+    """Both operands rotated by the full block-diagonal Hadamard matrix, then quantized, as the published code does."""
+
+    def __init__(self, inputs: int, outputs: int, bits: tuple[int, int]) -> None:
+        super().__init__(inputs, outputs, bias=False)
+        self.bits = bits
+        block = min(128, inputs & -inputs)
+        matrix = torch.ones(1, 1)
+        while len(matrix) < block:
+            matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+        full = torch.block_diag(*[matrix / block**0.5] * (inputs // block))
+        self.hadamard: Tensor | None
+        self.register_buffer("hadamard", full if min(bits) < 16 else None, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.hadamard is None:
+            return super().forward(x)
+        weight = _Trust.apply(self.weight @ self.hadamard, self.bits[0])
+        if self.bits[1] == 16:
+            return F.linear(x, weight @ self.hadamard)
+        return F.linear(_Trust.apply(x @ self.hadamard, self.bits[1]), weight)
+
+
+class _ReferenceBlock(nn.Module):
+    def __init__(self, shape: ModelShape, bits: tuple[int, int]) -> None:
+        super().__init__()
+        self.heads = shape.heads
+        width, inner = shape.width, shape.feed_forward
+        self.norms = nn.ModuleList(nn.RMSNorm(width, shape.norm_epsilon) for _ in range(2))
+        self.q, self.k, self.v, self.o = (_ReferenceLinear(width, width, bits) for _ in range(4))
+        self.gate, self.up = (_ReferenceLinear(width, inner, bits) for _ in range(2))
+        self.down = _ReferenceLinear(inner, width, bits)
+
+    def forward(self, x: Tensor, rotation: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        y = self.norms[0](x)
+        q, k, v = (part(y).view(batch, length, self.heads, -1) for part in (self.q, self.k, self.v))
+        q, k = (_rotate(part, rotation) for part in (q, k))
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.o(y.transpose(1, 2).reshape(batch, length, width))
+        y = self.norms[1](x)
+        return x + self.down(F.silu(self.gate(y)) * self.up(y))
+
+
+def _rotate(heads: Tensor, rotation: Tensor) -> Tensor:
+    """Rotary positions by complex products of neighbouring features."""
+    pairs = torch.view_as_complex(heads.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rotation[None, :, None]).flatten(-2).to(heads.dtype)
+
+
+class _Reference(nn.Module):
+    def __init__(self, shape: ModelShape, bits: tuple[int, int]) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(shape.vocab_size, shape.width)
+        self.blocks = nn.ModuleList(_ReferenceBlock(shape, bits) for _ in range(shape.layers))
+        self.norm = nn.RMSNorm(shape.width, shape.norm_epsilon)
+        self.head = nn.Linear(shape.width, shape.vocab_size, bias=False)
+        frequency = 1e4 ** -(torch.arange(0, shape.head_dim, 2) / shape.head_dim)
+        angle = torch.outer(torch.arange(shape.context), frequency)
+        self.register_buffer("rotation", torch.polar(torch.ones_like(angle), angle), persistent=False)
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x, self.rotation)
+        logits = self.head(self.norm(x)).float()
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def make_run(size: str, representation: str, options: argparse.Namespace) -> Run:
+    recipe = RECIPES[options.recipe]
+    shape = recipe.shape(size, options.vocab_size)
+    training = recipe.training(size).model_copy(update={"batch_sequences": options.sequences, "precision": "bf16"})
+    resolved = resolve(representation)
+    return Run(
+        size=size,
+        representation_name=resolved.name,
+        tokens_per_parameter=1.0,
+        shape=shape.model_copy(update={"context": options.context}),
+        training=training,
+        steps=10 * options.steps,
+        representation=resolved.canonical(),
+        corpus=digest("random tokens", 12),
+        seed=0,
+    )
+
+
+def random_tokens(run: Run) -> Tensor:
+    return torch.randint(0, run.shape.vocab_size, (run.training.batch_sequences, run.shape.context + 1), device="cuda")
+
+
+class Clock:
+    """Seconds per step between two synchronised moments, and the time to the first step."""
+
+    def __init__(self) -> None:
+        self.begin = time.perf_counter()
+        self.first = self.mark = self.per_step = 0.0
+
+    def step_done(self, number: int, last: int) -> None:
+        """Take note of a finished step, counted from 1."""
+        if number == 1:
+            torch.cuda.synchronize()
+            self.first = time.perf_counter() - self.begin
+        elif number == WARM_STEPS:
+            torch.cuda.synchronize()
+            self.mark = time.perf_counter()
+        elif number == last:
+            torch.cuda.synchronize()
+            self.per_step = (time.perf_counter() - self.mark) / (last - WARM_STEPS)
+
+
+def loop(step: Callable[[int], object], count: int) -> Clock:
+    clock = Clock()
+    for number in range(1, count + 1):
+        step(number - 1)
+        clock.step_done(number, count)
+    return clock
+
+
+def _bits(part: TensorFormat | None) -> int:
+    return 16 if part is None or part.parsed_grid is None else int(math.log2(part.parsed_grid.codes))
+
+
+def time_reference(run: Run, options: argparse.Namespace) -> Clock:
+    part = resolve(run.representation_name)
+    bits = _bits(part.weights), _bits(part.activations)
+    with torch.device("cuda"):
+        model: Any = _Reference(run.shape, bits)
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    compiled, tokens = torch.compile(model), random_tokens(run)
+
+    def step(_: int) -> None:
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = compiled(tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return loop(step, options.steps)
+
+
+def bare_step(run: Run, options: argparse.Namespace) -> Callable[[int], object]:
+    model = Decoder(run.shape, run.format_spec)
+    model.initialize(0)
+    optimizer, tokens = make_optimizer(model.cuda(), run.training), random_tokens(run)
+    training = TrainingStep(model, run, run.training.batch_sequences, single=not options.plain)
+
+    def step(number: int) -> None:
+        with torch.autocast("cuda", torch.bfloat16):
+            training(tokens, number, optimizer)
+
+    return step
+
+
+class RandomSplit:
+    """A token split of random tokens."""
+
+    def __init__(self, vocab_size: int, count: int = 10_000_000) -> None:
+        self.tokens = np.random.default_rng(0).integers(0, vocab_size, count).astype(np.uint16)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Return `count` tokens from `start` on."""
+        return self.tokens[start : start + count]
+
+
+class _Timer(lightning.Callback):
+    def __init__(self, last: int) -> None:
+        self.clock, self.last = Clock(), last
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        self.clock.step_done(trainer.global_step, self.last)
+
+
+def time_lightning(run: Run, options: argparse.Namespace) -> tuple[Clock, float]:
+    """Return the clock and the share of time spent waiting for data."""
+    if options.plain:
+        os.environ["QPIPE_CAPTURE"] = "0"
+    timer = _Timer(options.steps)
+    split: Any = RandomSplit(run.shape.vocab_size)
+    batches = Batches(split, run.shape.context, run.training.batch_sequences, run.seed)
+    module = TrainingModule(run, batches, History(run))
+    trainer = lightning.Trainer(
+        accelerator="gpu",
+        devices=1,
+        plugins=[LightningEnvironment()],
+        precision="bf16-mixed",
+        max_steps=options.steps,
+        max_epochs=-1,
+        callbacks=[timer],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
+        use_distributed_sampler=False,
+    )
+    trainer.fit(module)
+    return timer.clock, module.seconds_waited / (timer.clock.per_step * options.steps)
+
+
+def profile(step: Callable[[int], object]) -> str:
+    for number in range(WARM_STEPS):
+        step(number)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as result:
+        for number in range(3):
+            step(number)
+        torch.cuda.synchronize()
+    return result.key_averages().table(sort_by="self_cuda_time_total", row_limit=30, max_name_column_width=90)
+
+
+def matmul_ceiling(size: int = 8192) -> float:
+    """FLOP/s of a large bfloat16 product."""
+    one, other = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(3):
+        one @ other
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    for _ in range(20):
+        one @ other
+    torch.cuda.synchronize()
+    return 20 * 2 * size**3 / (time.perf_counter() - begin)
+
+
+def fresh() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="quest")
+    parser.add_argument("--size", nargs="+", default=["30M"])
+    parser.add_argument("--representation", nargs="*", default=["dense", "w4a4", "w4"])
+    parser.add_argument("--reference", nargs="*", default=[], help="representations to time the reference in")
+    parser.add_argument("--vocab-size", type=int, default=32000)
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--sequences", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--plain", action="store_true", help="do not capture the step as a graph")
+    parser.add_argument("--no-bare", action="store_true")
+    parser.add_argument("--profile", help="write kernel times of each representation into this folder")
+    parser.add_argument("--json", help="write the table here")
+    options = parser.parse_args()
+    ceiling = matmul_ceiling()
+    print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}, bf16 product {ceiling / 1e12:.0f} TFLOP/s")
+    rows: list[dict[str, Any]] = []
+
+    def add(run: Run, how: str, clock: Clock, **more: Any) -> None:
+        speed = run.tokens_per_step / clock.per_step
+        share = speed * training_flops_per_token(run.shape) / ceiling
+        memory = torch.cuda.max_memory_allocated() / 2**30
+        row = {"size": run.size, "representation": run.representation_name, "how": how, "tokens_per_second": speed}
+        rows.append({**row, "first_step_seconds": clock.first, "share_of_ceiling": share, "gib": memory, **more})
+        print(
+            f"{run.size:>6} {run.representation_name:<14}{how:<11}{speed / 1e6:8.3f} M tokens/s"
+            f"  {1e3 * clock.per_step:8.2f} ms"
+            f"  {share:5.1%} of ceiling  {memory:5.1f} GiB  first step {clock.first:5.1f} s",
+            *(f"{key} {value:.4f}" for key, value in more.items()),
+            flush=True,
+        )
+
+    for size in options.size:
+        for name in [*options.representation]:
+            run = make_run(size, name, options)
+            if name == options.representation[0]:
+                print(f"{size}: {run.parameters.non_embedding:,} parameters, {run.tokens_per_step} tokens/step")
+            try:
+                clock, waited = time_lightning(run, options)
+                add(run, "lightning", clock, waited=waited)
+                fresh()
+                if not options.no_bare:
+                    add(run, "bare", loop(bare_step(run, options), options.steps))
+                    fresh()
+                if options.profile:
+                    folder = Path(options.profile)
+                    folder.mkdir(exist_ok=True)
+                    text = profile(bare_step(run, options))
+                    (folder / f"{size}-{name.replace(':', '-')}.txt").write_text(text)
+                    fresh()
+                if name in options.reference:
+                    add(run, "reference", time_reference(run, options))
+                    fresh()
+            except Exception as error:
+                print(f"{size} {name}: {type(error).__name__}: {str(error)[:1500]}", flush=True)
+    if options.json:
+        Path(options.json).write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()

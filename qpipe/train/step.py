@@ -1,0 +1,189 @@
+"""One optimizer step: forward and backward over the micro-batches, clipping, AdamW; on one GPU captured as a graph.
+
+A small model's step is hundreds of kernels of a few microseconds each, and launching them takes the host longer than
+running them takes the GPU. So on a single GPU the step is recorded once, after two ordinary steps have compiled and
+allocated everything, and then replayed as one launch (CUDA graph). What changes from step to step reaches the graph
+through tensors in fixed places: the tokens, the learning rate, the share a mask schedule keeps, and the generator's
+seed. The kernels are the same ones, so captured and plain steps agree.
+
+QPIPE_COMPILE=0 and QPIPE_CAPTURE=0 turn compiling and capturing off, to look for trouble.
+"""
+
+import os
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qpipe.compress import CompressedLinear
+from qpipe.errors import QpipeError
+from qpipe.model import Decoder
+from qpipe.recipe import Training
+from qpipe.runs import Run
+from qpipe.train.schedule import run_learning_rate
+from qpipe.train.seeds import seed_device, step_seed
+
+_PLAIN_STEPS = 2
+"""Steps before capturing: the first compiles and creates the optimizer's state, the second finds all in place."""
+
+
+class ReplayedAdamW(torch.optim.AdamW):
+    """AdamW whose step is, once `graph` is set, the replay of a whole captured training step.
+
+    So whoever counts optimizer steps (Lightning does) counts replays, too.
+    """
+
+    graph: torch.cuda.CUDAGraph | None = None
+
+    def step(self, closure: Any = None) -> Any:
+        """Take a step, or replay the graph that holds it."""
+        if self.graph is None:
+            return super().step(closure)
+        self.graph.replay()
+        return None
+
+    def set_learning_rate(self, rate: float) -> None:
+        """Set every group's rate, in place where it is a tensor that a graph reads."""
+        for group in self.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+
+    def make_ready(self, device: torch.device, *, capturable: bool) -> None:
+        """Keep the rate on the device if a graph is to read it, as a number if not, whatever a checkpoint had."""
+        rate = torch.zeros((), device=device) if capturable else 0.0
+        for group in self.param_groups:
+            group["lr"], group["capturable"] = rate, capturable
+
+
+class TrainingStep:
+    """Takes the steps of a run.
+
+    Parameters
+    ----------
+    model
+        The model, on its device.
+    run
+        What is trained.
+    micro_batch
+        Sequences that go through the model together; divides the sequences of a step.
+    single
+        Whether this process trains alone; only then is the step captured.
+    """
+
+    def __init__(self, model: Decoder, run: Run, micro_batch: int, *, single: bool) -> None:
+        self.model, self.run, self.micro_batch = model, run, micro_batch
+        self.device = next(model.parameters()).device
+        self.compiling = switched_on("QPIPE_COMPILE", self.device)
+        self.capturing = single and self.device.type == "cuda" and switched_on("QPIPE_CAPTURE", self.device)
+        self.taken = 0
+        self._optimizer: ReplayedAdamW | None = None
+        self._tokens = self._loss = self._norm = torch.empty(0)
+
+    def __call__(
+        self, tokens: Tensor, step: int, optimizer: Any, backward: Callable[[Tensor], None] = Tensor.backward
+    ) -> tuple[Tensor, Tensor]:
+        """Take step number `step` (from 0) on this process's sequences.
+
+        Parameters
+        ----------
+        tokens
+            Shape (sequences, context + 1), integers.
+        optimizer
+            A `ReplayedAdamW`, or Lightning's wrapper of one; its `step` is called exactly once.
+        backward
+            Runs the backward pass of a loss.
+
+        Returns
+        -------
+        Mean loss (nats/token) and gradient norm before clipping, on the device; overwritten by the next step.
+        """
+        inner: ReplayedAdamW = getattr(optimizer, "optimizer", optimizer)
+        if self.taken == 0:
+            self._prepare(tokens, inner)
+        seed_device(self.device, step_seed(self.run.seed, self.run.first_step + step))
+        self.model.set_progress(step / self.run.steps)
+        inner.set_learning_rate(run_learning_rate(self.run, step))
+        if self.capturing and self.taken == _PLAIN_STEPS:
+            self._capture(tokens, inner, backward)
+        self.taken += 1
+        if self._optimizer is not None:
+            self._tokens.copy_(tokens, non_blocking=True)
+            optimizer.step()
+            return self._loss, self._norm
+        loss, norm = self._gradients(tokens, backward)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss, norm
+
+    def release(self) -> None:
+        """Give back the graph and its memory."""
+        if self._optimizer is not None:
+            self._optimizer.graph = None
+            self._optimizer.zero_grad()
+        self._optimizer, self.capturing = None, False
+
+    def _prepare(self, tokens: Tensor, optimizer: ReplayedAdamW) -> None:
+        """Make ready on the first step of an attempt."""
+        optimizer.make_ready(self.device, capturable=self.capturing)
+        if not self.compiling:
+            return
+        with torch.no_grad():  # what the first pass finds (trained scales, tables of levels) is not to be compiled
+            self.model.hidden(tokens[: self.micro_batch, :-1].long())
+        self.model.norm.compile(dynamic=False)
+        for block in self.model.blocks:
+            block.compile(dynamic=False)  # blocks are alike: the first is compiled, the others reuse it
+
+    def _gradients(self, tokens: Tensor, backward: Callable[[Tensor], None]) -> tuple[Tensor, Tensor]:
+        """Accumulate the gradient of the mean loss over the sequences and clip it; return loss and norm."""
+        total = torch.zeros((), device=tokens.device)
+        for part in tokens.long().split(self.micro_batch):
+            loss = self.model.loss(part[:, :-1], part[:, 1:]) * (len(part) / len(tokens))
+            backward(loss)
+            total += loss.detach()
+        return total, nn.utils.clip_grad_norm_(self.model.parameters(), self.run.training.clip)
+
+    def _capture(self, tokens: Tensor, optimizer: ReplayedAdamW, backward: Callable[[Tensor], None]) -> None:
+        """Record one step, without taking it."""
+        self._tokens = tokens.clone()
+        optimizer.zero_grad()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._loss, self._norm = self._gradients(self._tokens, backward)
+            optimizer.step()
+        optimizer.graph, self._optimizer = graph, optimizer
+
+
+def switched_on(name: str, device: torch.device) -> bool:
+    """Whether a GPU feature is on: by default on GPUs, elsewhere and otherwise as the environment says (0 or 1)."""
+    word = os.environ.get(name, "")
+    if word not in ("", "0", "1"):
+        raise QpipeError(f"{name}={word}: use 0 or 1, or leave it out")
+    return device.type == "cuda" if word == "" else word == "1"
+
+
+def make_optimizer(model: nn.Module, training: Training) -> ReplayedAdamW:
+    """Return AdamW with weight decay on the blocks' linear weights only."""
+    return ReplayedAdamW(
+        parameter_groups(model, training),
+        lr=training.learning_rate,
+        betas=(training.beta1, training.beta2),
+        eps=training.adam_epsilon,
+        fused=True,
+    )
+
+
+def parameter_groups(model: nn.Module, training: Training) -> list[dict[str, Any]]:
+    """Split parameters into those with weight decay (weights of linear layers in blocks) and those without."""
+    decayed = {
+        id(module.weight)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | CompressedLinear) and name.startswith("blocks.")
+    }
+    parameters: Iterable[nn.Parameter] = list(model.parameters())
+    return [
+        {"params": [p for p in parameters if id(p) in decayed], "weight_decay": training.weight_decay},
+        {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0},
+    ]
