@@ -22,6 +22,7 @@ from qpipe.train.progress import Progress, Recorder, duration
 from qpipe.train.results import finished_record, make_record, publish
 from qpipe.train.runtime import describe
 from qpipe.train.scratch import Scratch, checkpoint_seconds
+from qpipe.train.start import KeepState, Start, keep_state, parent_folder, trunk_state
 from qpipe.train.stop import StopOnSignal
 from qpipe.train.store import open_store
 from qpipe.train.tracking import Tracking
@@ -30,7 +31,7 @@ from qpipe.train.validation import Validation, diverged, sequences_at_once
 log = logging.getLogger("qpipe.train")
 
 
-def train_run(run_file: Path, tokens: Path, out: Path) -> Record | None:
+def train_run(run_file: Path, tokens: Path, out: Path, parent: Path | None = None) -> Record | None:
     """Train a run, or resume it, or return its record if it is finished (None in processes beside the main one).
 
     Parameters
@@ -41,6 +42,8 @@ def train_run(run_file: Path, tokens: Path, out: Path) -> Record | None:
         Token store: its folder or its `manifest.json`.
     out
         Receives `record.json`, `model.safetensors`, `curve.parquet`, `runtime.json` and `run.yaml`.
+    parent
+        Output folder of the run that it starts from, where it has one; by default the one of that id beside `out`.
 
     Raises
     ------
@@ -57,20 +60,27 @@ def train_run(run_file: Path, tokens: Path, out: Path) -> Record | None:
     store = open_store(run, tokens)
     batches, validation, history = plan_data(run, store)
     processes = Processes.from_environment(run)
+    start = Start(run, parent_folder(run, out, parent)) if run.parent else None
     scratch, checkpoint = processes.claim(run, out)
+    checkpoint = checkpoint or trunk_state(run, out, parent)
     module = TrainingModule(run, batches, history)
+    if start is not None:
+        start.weights(module.model)
+    states = [*([start] if start else []), *([KeepState(out)] if run.keeps_state else [])]
     if not processes.main:
-        beside = make_trainer(run, scratch, [Recorder(history, validation, [])], history, None, processes)
+        beside = make_trainer(run, scratch, [Recorder(history, validation, []), *states], history, None, processes)
         beside.fit(module, ckpt_path=checkpoint, weights_only=True)
         return None
     log.info("run %s: %s", run.id, describe_plan(run, batches))
     tracking = Tracking(run, out)
     progress = Progress(run, scratch)
-    callbacks = [Recorder(history, validation, [progress, tracking]), progress]
+    callbacks = [Recorder(history, validation, [progress, tracking]), progress, *states]
     trainer = make_trainer(run, scratch, callbacks, history, tracking.logger, processes)
     if checkpoint is not None:
         log.info("attempt %d resumes from %s", scratch.attempt, checkpoint.name)
     trainer.fit(module, ckpt_path=checkpoint, weights_only=True)
+    if run.keeps_state and not history.failure:
+        keep_state(out, checkpoint)
 
     loss = final_loss(trainer, module, validation, progress)
     if diverged(loss, run.shape.vocab_size) and not history.failure:
@@ -154,7 +164,7 @@ def describe_plan(run: Run, batches: Batches) -> str:
     """Return one line that says what is about to be trained."""
     epochs = batches.epochs(run.steps)
     return (
-        f"N = {run.parameters.non_embedding:,}, D = {run.tokens:,} tokens in {run.steps:,} steps, "
+        f"N = {run.parameters.non_embedding:,}, D = {run.total_tokens:,} tokens, {run.steps:,} steps of its own, "
         f"{run.representation_name}, {epochs:.2f} epochs of {len(batches.split):,} tokens"
     )
 
