@@ -103,7 +103,10 @@ class Tracking:
         """Log a row of the curve."""
         if self.logger is not None:
             values = {name: value for name, value in row.items() if value is not None}
-            self._guarded(lambda: self.logger.log_metrics(values, step=int(row["step"] or 0)), "W&B does not log")
+            step = int(row["step"] or 0)
+            # W&B's own step is the optimizer's, so that the pieces of a resumed run share one axis.
+            values["trainer/global_step"] = step
+            self._guarded(lambda: self.logger.experiment.log(values, step=step), "W&B does not log")
 
     def finish(self, record: Record) -> None:
         """Write the summary and close the W&B run, waiting for an upload only so long."""
