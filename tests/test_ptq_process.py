@@ -102,6 +102,7 @@ def test_eight_bits_are_lossless_to_rounding(place, tmp_path):
 def test_allocation_lowers_the_output_error(place, tmp_path):
     """On identical quantizers, with columns of unequal size and sensitivity; the prediction is of the right size."""
     common = {"bits": 2.5, "payload_only": True, "feedback": False, "sequences": 16, "iterations": 1}
+    common |= {"rows": 512, "columns": 1, "clustered": True, "probe": "hidden", "tempered": False}
     found = {
         name: quantize(place, tmp_path / name, allocation=name, **common)
         for name in ("variance", "closed-form", "table", "measured", "exact")
@@ -326,3 +327,14 @@ def test_help_is_instant():
     assert "example:" in done.stdout
     assert " torch" not in done.stderr
     assert time.monotonic() - begin < 20
+
+
+def test_tempering_never_raises_the_held_out_loss(place, tmp_path):
+    """The plan that trusts sensitivities fully is among the candidates, on the text that selects."""
+    common = {"bits": 2.2, "feedback": False, "iterations": 1}
+    full = quantize(place, tmp_path / "full", tempered=False, **common)
+    chosen = quantize(place, tmp_path / "tempered", tempered=True, **common)
+    assert chosen.selection_loss <= full.selection_loss + 1e-6
+    assert chosen.power in (1.0, 0.5, 0.0)
+    if chosen.power != 1.0:
+        assert chosen.predicted_distortion >= full.predicted_distortion  # no other plan has a smaller prediction

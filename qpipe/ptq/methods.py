@@ -41,6 +41,10 @@ class Method(BaseModel):
         default=0, ge=0, description="principal components of the hidden state that probes span; 0 for all directions"
     )
     positions: int = Field(default=0, ge=0, description="tokens per sequence that probes touch; 0 for all")
+    tempered: bool = Field(
+        default=False,
+        description="let plans that trust sensitivities less, where there are any, compete on held-out text",
+    )
     feedback: bool = Field(default=False, description="push each column's error to later columns (GPTQ)")
     damping: float = Field(default=0.01, gt=0, description="share of the mean diagonal added to GPTQ's Hessian")
     bias_correction: bool = Field(default=False, description="add a bias that keeps each output's mean")
@@ -84,11 +88,12 @@ METHODS: dict[str, Method] = {
     for method in (
         Method(
             name="cvxq",
-            rows=512,
-            columns=1,
-            clustered=True,
+            rows=1,
+            columns=0,
             codebook="lloyd-max",
             allocation="table",
+            probe="loss",
+            tempered=True,
             feedback=True,
             iterations=2,
             sequences=32,

@@ -6,7 +6,7 @@ the same for every choice (offsets, depth indices, clusters, biases) is taken fr
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -55,8 +55,10 @@ class LayerTask:
     adds_bias
         Whether the method adds a bias that the model did not have.
     errors
-        Squared error of every group at every depth, (groups, 9), float64, once it has been measured. It depends on the
-        weight and the layout alone, so it serves any number of rounds.
+        Squared error of every group at every depth, (groups, 9), float64, once it has been measured.
+    table
+        Error over variance at every depth, (9,), measured on some groups, once it has been. Both depend on the weight
+        and the layout alone, so they serve any number of rounds.
     """
 
     weight: Tensor
@@ -65,6 +67,7 @@ class LayerTask:
     rotation: int
     adds_bias: bool
     errors: Array | None = None
+    table: Array | None = None
 
     def group_importance(self) -> Tensor:
         """Return the mean squared sensitivity of each group, shape (groups,); ones where nothing was measured."""
@@ -72,6 +75,10 @@ class LayerTask:
             return torch.ones(self.layout.groups, device=self.weight.device)
         groups = self.layout.gather(self.importance).mean(dim=1)
         return groups.clamp_min(_IMPORTANCE_FLOOR * float(groups.mean()))
+
+    def tempered(self, power: float) -> "LayerTask":
+        """Return the same layer with its sensitivities raised to a power."""
+        return replace(self, importance=None if self.importance is None else self.importance**power)
 
     def fixed_bits(self, method: Method) -> int:
         """Bits that every choice of depths spends, without the indices of the depths."""
@@ -93,12 +100,15 @@ class Plan:
         See `Allocation.gap`; None for allocators that do not optimise.
     gain
         Partition gain in bits per weight, None without sensitivities.
+    power
+        Power of the sensitivities that depths were chosen for; 1 unless tempered.
     """
 
     depths: dict[str, Tensor]
     predicted: float | None
     gap: float | None
     gain: float | None
+    power: float = 1.0
 
     def digest(self) -> str:
         """Return a digest of the depths."""
@@ -238,13 +248,16 @@ class Planner:
 
     def _distortion_table(self, task: LayerTask) -> Array:
         """Measure D(B) of a layer, error over variance, on some of its groups, shape (9,)."""
+        if task.table is not None:
+            return task.table
         groups = task.layout.gather(task.weight)
         chosen = (
             torch.linspace(0, len(groups) - 1, min(len(groups), _TABLE_GROUPS), device=groups.device).round().long()
         )
         errors = depth_costs(groups[chosen], self.method.codebook, self.method.offset).double().sum(dim=0).cpu().numpy()
         # A layer of constants has nothing to lose at any depth.
-        return np.asarray(errors / errors[0] if errors[0] > 0 else np.zeros(len(_DEPTHS)))
+        task.table = np.asarray(errors / errors[0] if errors[0] > 0 else np.zeros(len(_DEPTHS)))
+        return task.table
 
     def _measured_costs(self, task: LayerTask) -> Array:
         if task.errors is None:
@@ -268,6 +281,10 @@ class Planner:
                 variance = variance * task.group_importance()
             scores.append(variance.double().cpu().numpy())
         return np.concatenate(scores)
+
+    def predicted(self, plan: Plan) -> float | None:
+        """Return the predicted error of a plan, whatever it was chosen for."""
+        return self._predict(np.concatenate([plan.depths[name].cpu().numpy() for name in self.tasks]))
 
     def _predict(self, choice: NDArray[np.int64]) -> float | None:
         if self.costs is None or not self.method.needs_sensitivities:

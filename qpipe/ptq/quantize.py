@@ -205,6 +205,7 @@ def _result(
         zero_bit_share=zero_bit_share(layers),
         allocation_gap=plan.gap,
         partition_gain=plan.gain,
+        power=plan.power if request.method.needs_sensitivities else None,
         predicted_distortion=plan.predicted,
         layers={name: describe_layer(layer, exact.weights[name]) for name, layer in layers.items()},
         **measured,

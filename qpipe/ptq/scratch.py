@@ -66,7 +66,7 @@ def write_progress(folder: Path, identity: str, progress: Progress) -> None:
     for label, plan in (("best", progress.best), ("latest", progress.latest)):
         assert plan is not None
         tensors |= {f"{label}/{name}": depth.clone() for name, depth in plan.depths.items()}
-        described[label] = {"predicted": plan.predicted, "gap": plan.gap, "gain": plan.gain}
+        described[label] = {"predicted": plan.predicted, "gap": plan.gap, "gain": plan.gain, "power": plan.power}
     with replacing(folder / _FILE) as temporary:
         stored = {name: value.cpu().contiguous() for name, value in tensors.items()}
         safetensors.torch.save_file(stored, temporary, metadata={"qpipe": json.dumps(described)})

@@ -8,7 +8,7 @@ and stay. The round with the least held-out loss is kept. Without: one plan.
 import logging
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -30,6 +30,7 @@ log = logging.getLogger("qpipe.ptq")
 
 _BISECTIONS = 12
 _LAYER_SEQUENCES = 8
+_POWERS = (0.5, 0.0)
 
 
 @dataclass
@@ -89,10 +90,14 @@ class Search:
 
     def run(self) -> tuple[dict[str, LayerTask], Plan]:
         """Return the layers, cut into groups, and their depths; the network holds its dense weights again."""
-        chooses_round = self.method.needs_sensitivities and self.method.iterations > 1
-        if self.text is not None and (chooses_round or self.target.max_loss_increase is not None):
+        if self.text is not None and (self._chooses or self.target.max_loss_increase is not None):
             self.dense_loss = self.text.selection(self.network)
         return self._rounds() if self.method.needs_sensitivities else self._once()
+
+    @property
+    def _chooses(self) -> bool:
+        """Whether several plans compete on held-out text."""
+        return self.method.needs_sensitivities and (self.method.iterations > 1 or self.method.tempered)
 
     def _once(self) -> tuple[dict[str, LayerTask], Plan]:
         tasks, coefficients = self._tasks(None), None
@@ -121,14 +126,32 @@ class Search:
             tasks = tasks or self._tasks(state)
             for name, task in tasks.items():
                 task.importance = state.sensitivity.mean(name)
-            plan = self._solve(self._planner(tasks))
-            loss = self._selection_loss(tasks, plan) if self.method.iterations > 1 else math.nan
+            plan = self._solve(planner := self._planner(tasks))
+            last = number + 1 == self.method.iterations
+            loss = self._selection_loss(tasks, plan) if self._chooses else math.nan
+            if self.method.tempered and last:
+                loss, plan = self._temper(tasks, planner, plan, loss)
             state.take(loss, tasks, plan)
             write_progress(self.scratch, self.identity, state)
             seconds = self.seconds[f"round {number + 1}"] = time.monotonic() - begin
             log.info("round %d: held-out loss %.4f (%+.4f), %.1f s", number + 1, loss, loss - self.dense_loss, seconds)
         assert state.best is not None
         return tasks, state.best
+
+    def _temper(self, tasks: dict[str, LayerTask], planner: Planner, plan: Plan, loss: float) -> tuple[float, Plan]:
+        """Return the best of a plan and of those that trust sensitivities less, with its held-out loss.
+
+        Sensitivities assume small, independent errors. Where that fails (few bits, models trained briefly, whose inputs
+        span few directions) they lead astray, and plans for their powers below 1 do better.
+        """
+        for power in _POWERS:
+            other = self._solve(self._planner({name: task.tempered(power) for name, task in tasks.items()}))
+            other_loss = self._selection_loss(tasks, other)
+            log.info("sensitivities to the power of %g: held-out loss %+.4f", power, other_loss - self.dense_loss)
+            if other_loss < loss:
+                plan = replace(other, predicted=planner.predicted(other), gain=plan.gain, power=power)
+                loss = other_loss
+        return loss, plan
 
     def _tasks(self, state: Progress | None) -> dict[str, LayerTask]:
         """Cut all layers into groups: as in an earlier round, or anew."""

@@ -71,12 +71,15 @@ def loss_probe(network: Network) -> Probe:
 
     def probe(hidden: Tensor, generator: torch.Generator) -> Tensor:
         weight = network.head.weight.float()
-        logits = hidden.float() @ weight.T
-        probability = torch.softmax(logits, dim=-1)
+        # One sequence at a time: probabilities over the vocabulary are far larger than the state.
+        return torch.stack([of_sequence(state.float(), weight, generator) for state in hidden])
+
+    def of_sequence(state: Tensor, weight: Tensor, generator: torch.Generator) -> Tensor:
+        probability = torch.softmax(state @ weight.T, dim=-1)
         # Inverse transform sampling with numbers drawn on the CPU: the same on every device.
-        draw = torch.rand(hidden.shape[:-1], generator=generator).to(hidden.device)[..., None]
-        drawn = (probability.cumsum(-1) < draw).sum(-1, keepdim=True).clamp_max(weight.shape[0] - 1)
-        return probability.scatter_add(-1, drawn, torch.full_like(draw, -1.0)) @ weight
+        draw = torch.rand(len(state), 1, generator=generator).to(state.device)
+        drawn = (probability.cumsum(-1) < draw).sum(-1, keepdim=True).clamp_max(len(weight) - 1)
+        return probability.scatter_add_(-1, drawn, torch.full_like(draw, -1.0)) @ weight
 
     return probe
 
