@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qpipe.laws.model import Model
 from qpipe.laws.parameters import Array
@@ -11,20 +12,25 @@ from qpipe.laws.resample import row_weights
 from qpipe.laws.search import Fitted
 from qpipe.laws.solve import Problem, minimise
 
-LOOSE = 1e-4
-"""Tolerance of the searches that only look for a better basin; those that find one are finished."""
-
+LOOSE, TIGHT = 1e-4, 3e-6
+"""Tolerances of searches that only look for a better basin, and of those that are kept: an objective this close to its
+lowest moves a parameter by a few hundredths of its standard error."""
 
 RIVAL = 1.5
 """Basins whose objective is within this factor of the best can win a resample and are searched in each."""
-LOOSE_ITERATIONS = 60
+LOOSE_ITERATIONS, ITERATIONS = 60, 100
+"""Most steps of a search with either tolerance."""
+PILOT = 64
+"""Resamples on which every start is tried; a start that wins none of them by `GAIN` is not tried on the rest."""
+GAIN = 1e-3
 
 
 def resample(fitted: Fitted) -> Array | None:
     """Return the bootstrap's parameter vectors (B, P), internal scale, or None without bootstrap.
 
-    For least squares the draws are stretched about the optimum by sqrt(R / (R - P)), since residuals of a fit with P
-    parameters are that much smaller than the noise.
+    Residuals of a fit of R runs with P parameters are smaller than the noise, so draws are stretched about the optimum
+    by a power of R / (R - P): the square root for least squares, where it is exact, and the fourth root for Huber's
+    objective, which fits a part of the runs exactly and leaves the others at their distance (calibrated by simulation).
     """
     options = fitted.options
     if not options.bootstrap:
@@ -33,26 +39,33 @@ def resample(fitted: Fitted) -> Array | None:
     weights = row_weights(fitted.rows.table, options.bootstrap, options.seed, smooth) * fitted.rows.weight
     batch = replace(fitted.problem, weights=weights)
     draws = _best_of_starts(batch, _starts(fitted), options.bootstrap)
-    if not smooth:
-        free = sum(p.fixed is None for p in fitted.model.parameters)
-        stretch = np.sqrt(fitted.problem.loss.size / (fitted.problem.loss.size - free))
-        draws = fitted.theta + stretch * (draws - fitted.theta)
-        draws = np.clip(draws, fitted.model.lower, fitted.model.upper)
-    return draws
+    free = sum(p.fixed is None for p in fitted.model.parameters)
+    runs = fitted.problem.loss.size
+    stretch = (runs / (runs - free)) ** (0.25 if smooth else 0.5)
+    return np.clip(fitted.theta + stretch * (draws - fitted.theta), fitted.model.lower, fitted.model.upper)
 
 
 def _best_of_starts(batch: Problem, starts: Array, count: int) -> Array:
     """Fit every resample from the optimum, then look from the other starts for anything better."""
     everyone = np.arange(count)
-    solution = minimise(batch, np.tile(starts[0], (count, 1)), everyone, tolerance=1e-6)
+    solution = minimise(batch, np.tile(starts[0], (count, 1)), everyone, ITERATIONS, TIGHT)
     theta, value = solution.theta, solution.value
+    pilot, rest = everyone[:PILOT], everyone[PILOT:]
     for start in starts[1:]:
-        found = minimise(batch, np.tile(start, (count, 1)), everyone, LOOSE_ITERATIONS, LOOSE)
-        better = np.flatnonzero(found.value < value * (1 - 1e-7))
-        if better.size:
-            finished = minimise(batch, found.theta[better], better, tolerance=1e-6)
-            theta[better], value[better] = finished.theta, finished.value
+        if _improve(batch, start, pilot, theta, value) and rest.size:
+            _improve(batch, start, rest, theta, value)
     return theta
+
+
+def _improve(batch: Problem, start: Array, chosen: NDArray[np.int64], theta: Array, value: Array) -> bool:
+    """Fit the chosen resamples from another start, keep what is better (in place); whether any is by `GAIN`."""
+    found = minimise(batch, np.tile(start, (chosen.size, 1)), chosen, LOOSE_ITERATIONS, LOOSE)
+    before = value[chosen]
+    winners = chosen[found.value < before * (1 - 1e-7)]
+    if winners.size:
+        finished = minimise(batch, found.theta[np.isin(chosen, winners)], winners, ITERATIONS, TIGHT)
+        theta[winners], value[winners] = finished.theta, finished.value
+    return bool((value[chosen] < before * (1 - GAIN)).any())
 
 
 def _starts(fitted: Fitted) -> Array:

@@ -3,6 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
+
+from qpipe.laws.parameters import Array
 
 if TYPE_CHECKING:
     from qpipe.laws.search import Fitted
@@ -13,6 +16,11 @@ EXACT = 1e-20
 """Objective per run below which a fit is exact to rounding, and its digits are noise."""
 RAY_CORRELATION = 0.995
 """Correlation of log N with log D above which the runs lie on one ray of tokens per parameter."""
+
+
+def same_optimum(values: Array, best: float, runs: int) -> NDArray[np.bool_]:
+    """Return which searches (S,) ended at the best objective, or in a fit that is exact to rounding."""
+    return np.asarray(values <= best * (1 + SAME) + EXACT * runs)
 
 
 def at_bound(fitted: "Fitted") -> list[str]:
@@ -45,8 +53,7 @@ def condition_number(fitted: "Fitted") -> float:
 def status(fitted: "Fitted", profiles: dict[str, Any]) -> dict[str, Any]:
     """Return the contract's status: converged, at_bound, identified, agreeing_starts, message, and the evidence."""
     polished = fitted.polished
-    exact = EXACT * fitted.problem.loss.size
-    agreeing = int((polished.value <= fitted.value * (1 + SAME) + exact).sum())
+    agreeing = int(same_optimum(polished.value, fitted.value, fitted.problem.loss.size).sum())
     winner = int(np.argmin(polished.value))
     others = polished.value[polished.value > fitted.value * (1 + 1e-4)]
     bounds = at_bound(fitted)

@@ -53,7 +53,7 @@ class Law:
         """Return all parameters that the rows call for, the grouped family last."""
         result = base_parameters()
         if self.has_gamma:
-            result.append(Parameter("gamma", "1", "outer exponent", 0.02, 20.0, (1.0, 0.5, 0.25)))
+            result.append(Parameter("gamma", "1", "outer exponent", 0.02, 5.0, (1.0, 0.5, 0.25, 3.0)))
         for part in (self.size, self.data, self.penalty):
             result += part.parameters(design) if part else []
         return sorted(result, key=lambda p: bool(self.grouped) and p.family == self.grouped)

@@ -7,6 +7,7 @@ model; `equivalent_n`, the dense size that performs like a given compressed one;
 `rho_deviation` = (eff - rho) / standard error.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -245,11 +246,24 @@ _LATEX = {
     "^": r"\textasciicircum{}",
     "<": r"\textless{}",
     ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    "'": r"\textquotesingle{}",
+    "`": r"\textasciigrave{}",
+    '"': r"\texttt{\char34}",
+    "[": "{[}",
+    "*": "{*}",
 }
+_LATIN = 0x17F
 
 
 def _escape(text: str) -> str:
-    return "".join(_LATEX.get(letter, letter) for letter in text)
+    """Return text for LaTeX on one line.
+
+    Hyphens that TeX would join into a dash stay apart, `[` and `*` are kept from the line break before them, and
+    letters that LaTeX has no font for are written as their code points.
+    """
+    letters = (_LATEX.get(x, x) if ord(x) <= _LATIN else f"\\texttt{{U+{ord(x):04X}}}" for x in " ".join(text.split()))
+    return re.sub("-(?=-)", "-{}", "".join(letters))
 
 
 def to_latex(table: pd.DataFrame, notes: list[str]) -> str:
@@ -265,6 +279,9 @@ def to_latex(table: pd.DataFrame, notes: list[str]) -> str:
         "\\bottomrule",
         "\\end{tabular}",
         "",
-        *("% " + note for note in notes),
+        "\\par\\medskip",
+        "{\\footnotesize\\raggedright",
+        *(_escape(note) + "\\par" for note in notes),
+        "}",
     ]
     return "\n".join(lines) + "\n"

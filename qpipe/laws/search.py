@@ -1,11 +1,12 @@
 """The point estimate: many starts, screened by their objective, the best of them polished in one batch."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from qpipe.errors import QpipeError
+from qpipe.laws.diagnose import same_optimum
 from qpipe.laws.model import Law, Model
 from qpipe.laws.parameters import Array, Prior, to_natural, with_fixed, with_free
 from qpipe.laws.prepare import Rows, make_design
@@ -15,6 +16,8 @@ from qpipe.laws.starts import grid_starts
 
 POLISHED = 64
 """Starts that are polished after screening; three quarters the best, the rest spread over the ranking."""
+ESCAPES, BASINS = 6, 8
+"""Most rounds of escape from optima that few starts agree on, and how many different ones each round starts from."""
 
 
 @dataclass(frozen=True)
@@ -111,12 +114,46 @@ def _search(rows: Rows, law: Law, options: Options, problem: Problem, count: int
     starts = grid_starts(problem, problem.weights[0])
     values = problem.values(starts, np.zeros(len(starts), dtype=np.int64))
     ranking = np.argsort(values, kind="stable")
-    solution = minimise(problem, starts[_spread(ranking, count)])
+    solution = _escape(problem, minimise(problem, starts[_spread(ranking, count)]), count)
     winner = int(np.argmin(solution.value))
     if not np.isfinite(solution.value[winner]):
         raise QpipeError(f"law {law.name}: no start gives a finite objective; check the units of n, d and loss")
     best_theta, best_value = solution.theta[winner], float(solution.value[winner])
     return Fitted(law, rows, problem, best_theta, best_value, solution, starts[ranking], options)
+
+
+def _escape(problem: Problem, found: Solution, count: int) -> Solution:
+    """Look around the best optima while few searches agree on one or runs are few; return all searches.
+
+    With few runs to spare Huber's objective has many optima, as a median has many kinks. `count` searches first follow
+    the problem with random row weights, which shifts the kinks, and then the true one (iterated local search). Rounds
+    end when one finds nothing better.
+    """
+    runs = problem.loss.size
+    scarce = runs < 3 * sum(p.fixed is None for p in problem.model.parameters)
+    generator = np.random.default_rng(0)
+    for _ in range(ESCAPES):
+        best = float(found.value.min())
+        agreed = 2 * same_optimum(found.value, best, runs).sum() >= found.value.size
+        if not np.isfinite(best) or (agreed and not scarce):
+            break
+        basins = _basins(found)
+        shaken = replace(problem, weights=problem.weights[0] * generator.standard_exponential((count, runs)))
+        moved = minimise(shaken, basins[np.arange(count) % len(basins)], np.arange(count), 60, 1e-4)
+        again = minimise(problem, moved.theta)
+        found = found.joined(again)
+        if same_optimum(np.array([best]), float(found.value.min()), runs).all():
+            break
+    return found
+
+
+def _basins(found: Solution) -> Array:
+    """Return the best different optima (1 to `BASINS`, P) among searches."""
+    chosen: list[int] = []
+    for i in np.argsort(found.value, kind="stable"):
+        if len(chosen) < BASINS and (not chosen or found.value[i] > found.value[chosen[-1]] * (1 + 1e-4)):
+            chosen.append(int(i))
+    return found.theta[chosen]
 
 
 def _spread(ranking: np.ndarray, count: int) -> np.ndarray:

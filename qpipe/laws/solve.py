@@ -106,6 +106,15 @@ class Solution:
     converged: np.ndarray
     iterations: int
 
+    def joined(self, other: "Solution") -> "Solution":
+        """Return these searches and others of the same problem."""
+        return Solution(
+            np.concatenate([self.theta, other.theta]),
+            np.concatenate([self.value, other.value]),
+            np.concatenate([self.converged, other.converged]),
+            max(self.iterations, other.iterations),
+        )
+
 
 @dataclass
 class _State:
@@ -302,7 +311,7 @@ def minimise(
     index = np.zeros(theta.shape[0], dtype=np.int64) if weight_index is None else weight_index
     cells = problem.model.shared * (problem.model.shared + problem.model.groups + 4)
     size = max(1, STATE_CELLS // cells)
-    parts = []
+    solution = Solution(theta[:0], np.empty(0), np.empty(0, dtype=bool), 0)
     for i in range(0, theta.shape[0], size):
         searches = _Searches(problem, theta[i : i + size], index[i : i + size])
         searches.start()
@@ -310,10 +319,5 @@ def minimise(
         while used < iterations and not searches.settled.all():
             searches.iterate(tolerance)
             used += 1
-        parts.append(Solution(searches.state.theta, searches.state.value, searches.converged, used))
-    return Solution(
-        np.concatenate([s.theta for s in parts]),
-        np.concatenate([s.value for s in parts]),
-        np.concatenate([s.converged for s in parts]),
-        max((s.iterations for s in parts), default=0),
-    )
+        solution = solution.joined(Solution(searches.state.theta, searches.state.value, searches.converged, used))
+    return solution
