@@ -1,7 +1,9 @@
 """How a run went on this machine: what `runtime.json` says. Nothing here enters the record."""
 
 import contextlib
+import os
 import platform
+import socket
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -50,11 +52,13 @@ def versions() -> dict[str, str]:
 
 
 def describe(run: Run, device: torch.device, devices: int, tokens_per_second: float | None) -> dict[str, Any]:
-    """Return device, throughput, MFU and versions."""
+    """Return where the run was trained, throughput, MFU and versions."""
     name = device_name(device)
     memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     return {
+        "host": os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
         "device": name,
+        "visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
         "devices": devices,
         "threads": torch.get_num_threads(),
         "tokens_per_second": tokens_per_second,

@@ -1,11 +1,13 @@
 """A checkout of the project that runs the smallest study, on the lab's Slurm or on this machine."""
 
+import json
 import re
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import lab
 
@@ -14,6 +16,12 @@ from qpipe.study import load_study, plan
 ROOT = Path(__file__).parents[2]
 SOURCES = ["Snakefile", "workflow", "qpipe", "config", "profiles"]
 STUDY = (ROOT / "tests/studies/smoke.yaml").read_text()
+RUNS = (
+    STUDY.replace("sizes: [10k, 30k]", "sizes: [10k]")
+    .replace("tokens: [8192, 16384]", "tokens: [196608]")
+    .replace("representations: [dense, w4]", "representations: [dense]\nseeds: {seeds}")
+)
+"""A study of as many runs as `seeds` has, long enough for something to happen to them."""
 
 
 class Clone:
@@ -42,14 +50,14 @@ class Clone:
         )
         self.edit_profile({"train": 1}, part="set-threads")
 
-    def edit_profile(self, values: dict[str, object], part: str = "") -> None:
-        """Replace values of the Slurm profile, keeping a string's two pairs of quotes."""
-        path = self.folder / "profiles/slurm/config.yaml"
+    def edit_profile(self, values: dict[str, object], part: str = "", profile: str = "slurm") -> None:
+        """Replace values of a profile, keeping a string's two pairs of quotes."""
+        path = self.folder / f"profiles/{profile}/config.yaml"
         before, mark, text = path.read_text().rpartition(f"{part}:\n") if part else ("", "", path.read_text())
         for key, value in values.items():
             shown = f"\"'{value}'\"" if isinstance(value, str) else str(value)
             text, count = re.subn(rf"^( *){key}: [^#\n]+", rf"\g<1>{key}: {shown} ", text, flags=re.MULTILINE)
-            assert count, f"profiles/slurm/config.yaml has no {key}"
+            assert count, f"{path} has no {key}"
         path.write_text(before + mark + text)
 
     def command(self, *options: str, profile: str = "slurm") -> list[str]:
@@ -61,6 +69,7 @@ class Clone:
     @property
     def environment(self) -> dict[str, str]:
         here = {"PYTHONPATH": str(self.folder), "OMP_NUM_THREADS": "1", "QPIPE_CHECKPOINT_SECONDS": "1"}
+        here["MASTER_ADDR"] = "127.0.0.1"  # the simulated nodes' names lead nowhere
         return {**lab.clean_environment(), **here, **self.extra}
 
     def snakemake(self, *options: str, profile: str = "slurm", check: bool = True) -> str:
@@ -108,3 +117,50 @@ class Clone:
         files = [path for name in names for path in self.results.glob(f"runs/*/{name}")]
         tables = [*self.results.glob("tables/*/multipliers.csv"), *self.results.glob("fits/*.json")]
         return {str(path.relative_to(self.results)): path.read_bytes() for path in [*files, *tables]}
+
+
+def assert_as_in_peace(clone: Clone, peaceful: Clone) -> None:
+    expected, found = peaceful.science(), clone.science()
+    assert {name for name in found if name.endswith("record.json")}
+    assert {name: found[name] == expected[name] for name in found} == dict.fromkeys(found, True)
+    assert len(clone.runs()) == sum(name.endswith("record.json") for name in found)
+
+
+def heartbeat(clone: Clone, run: str) -> dict[str, Any]:
+    try:
+        return json.loads((clone.results / "runs" / run / "scratch/heartbeat.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def wait_for_training(clone: Clone, seconds: float = 180) -> list[str]:
+    """Wait until all runs train and have a checkpoint; return them."""
+    for run in clone.runs():
+        checkpoints = clone.results / "runs" / run / "scratch"
+        lab.wait_until(lambda checkpoints=checkpoints: list(checkpoints.glob("step-*.ckpt")), seconds)
+    return clone.runs()
+
+
+def slow_down(clone: Clone, seconds: float) -> None:
+    """Make every step of a clone's trainers take this much longer; results do not depend on the clock."""
+    code, step = clone.folder / "qpipe/train/module.py", "        optimizer.step()\n"
+    assert step in code.read_text()
+    code.write_text(code.read_text().replace(step, f"{step}        __import__('time').sleep({seconds})\n"))
+
+
+def job_of(run: str) -> str:
+    return lab.squeue("--name", run, "--states", "running")[0]
+
+
+def finish(process: subprocess.Popen[str], clone: Clone, seconds: float = 300) -> str:
+    process.wait(seconds)
+    assert process.returncode == 0, clone.said()[-4000:] + clone.logs()
+    return clone.said()
+
+
+def runtime(clone: Clone, run: str) -> dict[str, Any]:
+    return json.loads((clone.results / "runs" / run / "runtime.json").read_text())
+
+
+def attempts(clone: Clone, run: str) -> int:
+    return runtime(clone, run)["attempts"]

@@ -1,12 +1,13 @@
 """A Slurm for the session and clones of the project that run the smallest study through it."""
 
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import lab as slurm
 import pytest
-from clones import Clone
+from clones import RUNS, Clone
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -49,3 +50,25 @@ def clone(lab: slurm.Lab, tmp_path: Path) -> Iterator[Clone]:
     yield Clone(tmp_path / "clone")
     slurm.run("scancel", "--user", "root", check=False)
     slurm.wait_until(lambda: not slurm.squeue("--states", "running,completing,pending"), 60)
+
+
+@pytest.fixture(scope="session")
+def peaceful(tmp_path_factory: pytest.TempPathFactory) -> Clone:
+    """Three runs trained on this machine without Slurm."""
+    clone = Clone(tmp_path_factory.mktemp("peaceful"), RUNS.format(seeds=[0, 1, 2]))
+    clone.extra["QPIPE_WARM"] = "1"
+    clone.snakemake("runs", "--cores", str(os.cpu_count()), profile="local")
+    return clone
+
+
+@pytest.fixture
+def study(lab: slurm.Lab, clone: Clone, peaceful: Clone) -> Callable[..., Clone]:
+    """A clone with planned runs and tokens, so that the first thing Slurm gets to do is to train."""
+
+    def make(seeds: int, **profile: object) -> Clone:
+        (clone.folder / "study.yaml").write_text(RUNS.format(seeds=list(range(seeds))))
+        clone.edit_profile(profile)
+        shutil.copytree(peaceful.folder / "results/tokens", clone.folder / "results/tokens")
+        return clone
+
+    return make

@@ -7,89 +7,25 @@ compared with those of the same runs trained in peace on this machine.
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 
 import lab as slurm
 import pytest
-from clones import STUDY, Clone
-
-pytestmark = [pytest.mark.slurm, pytest.mark.workflow]
-
-RUNS = (
-    STUDY.replace("sizes: [10k, 30k]", "sizes: [10k]")
-    .replace("tokens: [8192, 16384]", "tokens: [196608]")
-    .replace("representations: [dense, w4]", "representations: [dense]\nseeds: {seeds}")
+from clones import (
+    assert_as_in_peace,
+    attempts,
+    finish,
+    heartbeat,
+    job_of,
+    runtime,
+    slow_down,
+    wait_for_training,
 )
 
-
-@pytest.fixture(scope="module")
-def peaceful(tmp_path_factory) -> Clone:
-    """Three runs trained on this machine without Slurm."""
-    clone = Clone(tmp_path_factory.mktemp("peaceful"), RUNS.format(seeds=[0, 1, 2]))
-    clone.extra["QPIPE_WARM"] = "1"
-    clone.snakemake("runs", "--cores", str(os.cpu_count()), profile="local")
-    return clone
-
-
-@pytest.fixture
-def study(lab, clone, peaceful) -> Callable[..., Clone]:
-    """A clone with planned runs and tokens, so that the first thing Slurm gets to do is to train."""
-
-    def make(seeds: int, **profile: object) -> Clone:
-        (clone.folder / "study.yaml").write_text(RUNS.format(seeds=list(range(seeds))))
-        clone.edit_profile(profile)
-        shutil.copytree(peaceful.folder / "results/tokens", clone.folder / "results/tokens")
-        return clone
-
-    return make
-
-
-def assert_as_in_peace(clone: Clone, peaceful: Clone) -> None:
-    expected, found = peaceful.science(), clone.science()
-    assert {name for name in found if name.endswith("record.json")}
-    assert {name: found[name] == expected[name] for name in found} == dict.fromkeys(found, True)
-    assert len(clone.runs()) == sum(name.endswith("record.json") for name in found)
-
-
-def heartbeat(clone: Clone, run: str) -> dict:
-    try:
-        return json.loads((clone.results / "runs" / run / "scratch/heartbeat.json").read_text())
-    except (OSError, ValueError):
-        return {}
-
-
-def wait_for_training(clone: Clone, seconds: float = 180) -> list[str]:
-    """Wait until all runs train and have a checkpoint; return them."""
-    for run in clone.runs():
-        checkpoints = clone.results / "runs" / run / "scratch"
-        slurm.wait_until(lambda checkpoints=checkpoints: list(checkpoints.glob("step-*.ckpt")), seconds)
-    return clone.runs()
-
-
-def slow_down(clone: Clone, seconds: float) -> None:
-    """Make every step of a clone's trainers take this much longer; results do not depend on the clock."""
-    code, step = clone.folder / "qpipe/train/module.py", "        optimizer.step()\n"
-    assert step in code.read_text()
-    code.write_text(code.read_text().replace(step, f"{step}        __import__('time').sleep({seconds})\n"))
-
-
-def job_of(run: str) -> str:
-    return slurm.squeue("--name", run, "--states", "running")[0]
-
-
-def finish(process, clone: Clone, seconds: float = 300) -> str:
-    process.wait(seconds)
-    assert process.returncode == 0, clone.said()[-4000:] + clone.logs()
-    return clone.said()
-
-
-def attempts(clone: Clone, run: str) -> int:
-    return json.loads((clone.results / "runs" / run / "runtime.json").read_text())["attempts"]
+pytestmark = [pytest.mark.slurm, pytest.mark.workflow]
 
 
 def test_killed_cancelled_and_told_to_stop_while_the_controller_restarts(lab, study, peaceful):
@@ -110,6 +46,7 @@ def test_killed_cancelled_and_told_to_stop_while_the_controller_restarts(lab, st
     assert said.count("has been submitted") == 5
 
 
+@pytest.mark.slow
 def test_memory_grows_on_retry(study, peaceful):
     clone = study(1)
     resources = clone.folder / "qpipe/resources.py"
@@ -133,6 +70,7 @@ def test_preempted(partition, study, peaceful):
     assert attempts(clone, run) == 2
 
 
+@pytest.mark.slow
 def test_lost_node_leaves_an_orphan_that_publishes_nothing(lab, study, peaceful):
     clone = study(1)
     process = clone.start("runs")
@@ -165,11 +103,12 @@ def test_interrupted_snakemake_cancels_its_jobs_and_the_next_one_resumes(study, 
     assert attempts(clone, run) == 2
 
 
+@pytest.mark.slow
 def test_killed_snakemake_leaves_jobs_that_the_next_one_refuses_to_double(study, peaceful):
     clone = study(1)
-    slow_down(clone, 0.03)
     process = clone.start("runs")
-    wait_for_training(clone)
+    trainer = heartbeat(clone, wait_for_training(clone)[0])["pid"]
+    os.kill(trainer, signal.SIGSTOP)  # it must outlive all that follows, however slow this machine is
     second = clone.snakemake("runs", check=False)  # two Snakemakes in one folder
     assert "lock" in second.lower()
     process.kill()
@@ -180,6 +119,7 @@ def test_killed_snakemake_leaves_jobs_that_the_next_one_refuses_to_double(study,
     assert f"scancel {job}" in refused
     assert "still alive in this folder" in refused
     assert len(slurm.squeue("--states", "running,pending")) == 1
+    os.kill(trainer, signal.SIGCONT)
     slurm.wait_until(lambda: not slurm.squeue("--states", "running,completing"), 120)
     before = {path: path.stat().st_mtime_ns for path in clone.results.glob("runs/*/record.json")}
     assert before
@@ -235,22 +175,24 @@ def test_time_limit_is_announced_and_a_slow_checkpoint_still_gets_written(study,
 
 
 @pytest.mark.slow
-def test_two_devices_train_one_run_and_stop_together(study, peaceful):
-    """A job with two (simulated) GPUs, told to stop once: a process per device, the loss of one process."""
+@pytest.mark.parametrize("devices", ["2", "2x1"])
+def test_two_devices_train_one_run_and_stop_together(devices, study, peaceful):
+    """Two (simulated) GPUs of one node or of two, told to stop once: a process per device, the loss of one process."""
     clone = study(1)
     profile = clone.folder / "profiles/slurm/config.yaml"
-    commented = "# devices: \"'800M:8'\""
+    commented = "# devices: \"'430M:4 800M:2x8'\""
     assert commented in profile.read_text()
-    profile.write_text(profile.read_text().replace(commented, "devices: \"'10k:2'\""))
+    profile.write_text(profile.read_text().replace(commented, f"devices: \"'10k:{devices}'\""))
     slow_down(clone, 0.02)
     process = clone.start("runs")
     run = wait_for_training(clone)[0]
     job = job_of(run)
-    assert "gpu:2" in slurm.run("scontrol", "show", "job", job)
+    shown = slurm.run("scontrol", "show", "job", job)
+    assert ("NumNodes=2" in shown, "gpu:2" in shown) == ((True, False) if devices == "2x1" else (False, True))
     slurm.run("scancel", "--signal=USR1", job)
     finish(process, clone)
     assert attempts(clone, run) == 2
-    assert json.loads((clone.results / "runs" / run / "runtime.json").read_text())["devices"] == 2
+    assert runtime(clone, run)["devices"] == 2
     alone, together = (
         json.loads((one.results / "runs" / run / "record.json").read_text())["loss"] for one in (peaceful, clone)
     )
