@@ -14,7 +14,7 @@ export PYTHONUNBUFFERED := 1
 
 help:
 	@sed -n '2,5s/^# *//p' Makefile
-	@echo "  make slow   the long proofs too; make slurm  tests on a throw-away Slurm (root, Debian); make check  format, lint,"
+	@echo "  make slow   the long proofs too; make slurm  all tests on a throw-away Slurm (root, Debian); make check  format, lint,"
 	@echo "              types, workflow; make clean  remove the demo's results"
 
 $(VENV)/.runtime: pyproject.toml constraints.txt

@@ -1,5 +1,8 @@
 """Every shipped profile is accepted by Snakemake and plans the same jobs; one study, any engine."""
 
+import itertools
+import json
+import os
 import re
 import subprocess
 import sys
@@ -29,3 +32,22 @@ def test_failures_are_isolated_and_code_never_retrains(profile):
     settings = yaml.safe_load((ROOT / f"profiles/{profile}/config.yaml").read_text())
     assert settings["keep-going"] is True
     assert settings["rerun-triggers"] == ["mtime", "params"]
+
+
+@pytest.mark.slow
+def test_gpu_box_never_trains_two_runs_on_one_gpu(tmp_path):
+    """Eight runs on three simulated GPUs: CUDA_VISIBLE_DEVICES names them, and the CPU trains."""
+    command = [sys.executable, "-m", "snakemake", "runs", "--directory", str(tmp_path), "--cores", "3"]
+    command += ["--profile", "profiles/gpu-box", "--configfile", "tests/studies/smoke.yaml"]
+    command += ["--resources", "gpu_places=3", "--set-threads", "train=1"]
+    simulated = {"CUDA_VISIBLE_DEVICES": "0,1,GPU-8a", "QPIPE_ACCELERATOR": "cpu", "TMPDIR": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **simulated}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    spans = []
+    for path in tmp_path.glob("results/smoke/runs/*/runtime.json"):
+        found, end = json.loads(path.read_text()), path.stat().st_mtime
+        spans.append((found["visible_devices"], end - found["wall_seconds"], end))
+    assert len(spans) == 8
+    assert {gpu for gpu, _, _ in spans} == {"0", "1", "GPU-8a"}
+    for one, other in itertools.combinations(spans, 2):
+        assert one[0] != other[0] or one[2] <= other[1] or other[2] <= one[1]

@@ -143,9 +143,10 @@ def wait_for_training(clone: Clone, seconds: float = 180) -> list[str]:
 
 def slow_down(clone: Clone, seconds: float) -> None:
     """Make every step of a clone's trainers take this much longer; results do not depend on the clock."""
-    code, step = clone.folder / "qpipe/train/module.py", "        optimizer.step()\n"
-    assert step in code.read_text()
-    code.write_text(code.read_text().replace(step, f"{step}        __import__('time').sleep({seconds})\n"))
+    code = clone.folder / "qpipe/train/checkpoint.py"
+    after_step = "        due = time.monotonic() - self._last >= self.seconds\n"
+    assert after_step in code.read_text()
+    code.write_text(code.read_text().replace(after_step, f"        time.sleep({seconds})\n{after_step}"))
 
 
 def job_of(run: str) -> str:
