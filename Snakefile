@@ -4,6 +4,7 @@
 #   results/<study>/study.yaml, plan.json       the resolved study and its runs         rule plan
 #   results/<study>/runs/<run>/record.json      loss of one run, weights beside it      rule train
 #   results/<study>/capacity/<format>.json      what theory predicts before training    rule capacity
+#   results/<study>/ptq/<job>/ptq.json          a dense run quantized after training        rule ptq
 #   results/<study>/losses/<format>.parquet     loss table, one partition per format    rule collect
 #   results/<study>/fits/<law>.json             fitted laws with intervals              rule fit
 #   results/<study>/tables/<law>/               efficiency multipliers                  rule multipliers
@@ -20,6 +21,7 @@ min_version("9.20")
 include: "workflow/rules/common.smk"
 include: "workflow/rules/data.smk"
 include: "workflow/rules/runs.smk"
+include: "workflow/rules/ptq.smk"
 include: "workflow/rules/laws.smk"
 include: "workflow/rules/report.smk"
 include: "workflow/rules/collect.smk"
@@ -29,6 +31,7 @@ localrules:
     all,
     plan,
     collect,
+    collect_ptq,
     capacity,
     fit,
     multipliers,
@@ -43,6 +46,11 @@ rule all:
         f"{RESULTS}/report.html",
         tracked_laws(),
         expand("{results}/runs/{run}/record.json", results=RESULTS, run=RUNS),
+        expand(
+            "{results}/losses/ptq/{method}.parquet",
+            results=RESULTS,
+            method=STUDY.ptq_of,
+        ),
 
 
 onstart:

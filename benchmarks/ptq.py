@@ -36,9 +36,9 @@ from ptq_random import SHAPES, random_run, random_store  # noqa: E402
 from ptq_tables import bit_map, describe, write_tables  # noqa: E402
 
 from qpipe.errors import QpipeError  # noqa: E402
-from qpipe.ptq.methods import get_method  # noqa: E402
 from qpipe.ptq.quantize import Request, quantize_checkpoint  # noqa: E402
 from qpipe.ptq.result import PtqResult, Target, load_result  # noqa: E402
+from qpipe.ptq_methods import get_method  # noqa: E402
 
 _ROWS: dict[str, Any] = {"columns": 0}
 _COLUMN_CLUSTERS = {"rows": 512, "columns": 1, "clustered": True}

@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from qpipe.corpus.store import TokenStore
-from qpipe.ptq.methods import get_method
 from qpipe.ptq.network import Network, load_network
 from qpipe.ptq.quantize import Request, quantize_checkpoint
 from qpipe.ptq.result import Target
 from qpipe.ptq.text import choose_text
+from qpipe.ptq_methods import get_method
 
 BITS = (2, 3, 4)
 

@@ -89,6 +89,11 @@ _COLUMNS: list[tuple[str, pa.DataType, str, str]] = [
     ("rho", pa.float64(), "", "multiplier predicted from the errors, before any training"),
     ("qat_tokens", pa.int64(), "count", "tokens of d seen under the representation; 0 for dense runs"),
     ("trajectory", pa.string(), "", "dense trajectory that the run branches off; none for runs from random weights"),
+    ("ptq_method", pa.string(), "", "method that quantized a finished dense run; none for trained runs"),
+    ("ptq_bits", pa.float64(), "bits", "stored bits per weight after that quantization, everything counted"),
+    ("parent", pa.string(), "", "id of the dense run that was quantized"),
+    ("parent_loss", pa.float64(), "nats/token", "loss of the dense run on the same tokens"),
+    ("calibration_seed", pa.int64(), "", "seed of calibration text and probes"),
 ]
 
 LOSS_SCHEMA = pa.schema(
@@ -123,14 +128,20 @@ def loss_row(record: Record, capacity: Mapping[str, Any] | None = None) -> dict[
 
 
 def loss_table(records: list[Record], capacities: Mapping[str, Mapping[str, Any]] | None = None) -> pa.Table:
-    """Return the loss table of records, sorted by representation, size, tokens and seed (errors: a run twice).
+    """Return the loss table of records (errors: a run twice).
 
     Parameters
     ----------
     capacities
         Entries of `qpipe capacity --json` by representation, for the columns that theory predicts.
     """
-    found = [loss_row(record, (capacities or {}).get(record.run.representation_name)) for record in records]
+    return table_of_rows(
+        [loss_row(record, (capacities or {}).get(record.run.representation_name)) for record in records]
+    )
+
+
+def table_of_rows(found: list[dict[str, Any]]) -> pa.Table:
+    """Return rows as a loss table, sorted by representation, size, tokens and seed (errors: a run twice)."""
     rows = sorted(found, key=lambda r: (r["representation"], r["n"], r["d"], r["seed"], r["run"]))
     twice = sorted({a["run"] for a, b in itertools.pairwise(rows) if a["run"] == b["run"]})
     if twice:

@@ -110,6 +110,11 @@ class Site:
             settings[WARM] = 1
         return " ".join(f"{name}={value}" for name, value in settings.items() if value is not None)
 
+    def share(self, threads: int) -> str:
+        """Return shell assignments for a step beside training that uses at most one GPU."""
+        leased = "" if self.runs_per_gpu is None else f" {RUNS_PER_GPU}={self.runs_per_gpu}"
+        return f"OMP_NUM_THREADS={threads}{leased}"
+
     def memory_mb(self, run: Run, attempt: int) -> int:
         """Return the host memory a job asks for on each node (MB); each attempt asks for as much again."""
         parameters = run.parameters.total * BYTES_PER_PARAMETER

@@ -23,6 +23,7 @@ from qpipe.errors import QpipeError
 from qpipe.finetune_config import Finetune, Ground, finetuned_runs
 from qpipe.formats import Representation, resolve
 from qpipe.identity import digest
+from qpipe.ptq_config import Ptq
 from qpipe.recipe import Recipe, Rung, get_recipe
 from qpipe.runs import Run
 from qpipe.study_errors import explain
@@ -77,6 +78,9 @@ class Law(_Strict):
     law: LawName = Field(description="name of the law")
     representations: list[str] | None = Field(default=None, description="fit only these; all of the study if left out")
     fix: dict[str, float] = Field(default_factory=dict, description="parameters held at given values, e.g. {E: 1.69}")
+    ptq: str | None = Field(
+        default=None, description="law precision: method of the study's `ptq` whose losses are fitted too"
+    )
 
 
 class FitOptions(_Strict):
@@ -138,6 +142,7 @@ class Study(_Strict):
     finetune: list[Finetune] = Field(
         default=[], description="families of finetuned runs: dense first, compressed later"
     )
+    ptq: Ptq | None = Field(default=None, description="dense runs quantized after training")
     laws: list[Law] = Field(default=[Law(law="compression")], description="laws to fit, by name or spelled out")
     fit: FitOptions = Field(default=FitOptions(), description="options of the fits")
     wandb: Wandb = Field(default=Wandb(), description="experiment tracking")
@@ -200,7 +205,7 @@ def parse_study(raw: Any, source: str) -> Study:
         problems += explain(error, Study, raw)
     problems += _problems(raw)
     if study is not None and not problems:
-        problems += [*_rule_problems(study), *_finetune_problems(study)]
+        problems += [*_rule_problems(study), *_finetune_problems(study), *_ptq_problems(study)]
     if problems:
         raise QpipeError([f"{source}: {problem}" for problem in dict.fromkeys(problems)])
     assert study is not None
@@ -319,6 +324,19 @@ def _finetune_problems(study: Study) -> Iterator[str]:
         except QpipeError as error:
             found = error.problems
         yield from (f"finetune[{position}]: {problem}" for problem in found)
+
+
+def _ptq_problems(study: Study) -> Iterator[str]:
+    methods = [] if study.ptq is None else study.ptq.methods
+    if study.ptq is not None:
+        yield from (f"ptq: {problem}" for problem in study.ptq.problems(study.size_names))
+        if not any(resolved.is_dense for resolved in study.resolved_representations().values()):
+            yield "ptq: the study has no dense runs to quantize; add dense to representations"
+    for law in study.laws:
+        if law.ptq is not None and law.law != "precision":
+            yield f"laws: {law.law} has no post-training term; ptq goes with law precision"
+        elif law.ptq is not None and law.ptq not in methods:
+            yield f"laws: precision: '{law.ptq}' is not among the methods of the study's ptq ({', '.join(methods)})"
 
 
 def plan(study: Study, base: Path | None = None) -> list[Run]:

@@ -16,6 +16,7 @@ from typing import Any
 from qpipe.errors import QpipeError
 from qpipe.formats import Representation
 from qpipe.identity import canonical_json, digest
+from qpipe.ptq_config import PtqJob, ptq_jobs
 from qpipe.resources import Site
 from qpipe.runs import Run
 from qpipe.study import Law, Study, load_study, plan, study_corpus
@@ -71,6 +72,22 @@ class Workflow:
             if not run.keeps_state:
                 grouped[slugs[run.representation_name]].append(run.id)
         return {slug: ids for slug, ids in grouped.items() if ids}
+
+    @cached_property
+    def ptq(self) -> dict[str, PtqJob]:
+        """Quantizations of finished dense runs, by id."""
+        return {job.id: job for job in ptq_jobs(self.study.ptq, self.runs.values())}
+
+    @cached_property
+    def ptq_of(self) -> dict[str, list[str]]:
+        """Ids of quantizations by method."""
+        methods = [] if self.study.ptq is None else self.study.ptq.methods
+        return {name: [job.id for job in self.ptq.values() if job.method.name == name] for name in methods}
+
+    def ptq_options(self, job: str) -> str:
+        """Return the command-line options of `qpipe ptq` for a job."""
+        assert self.study.ptq is not None
+        return self.ptq[job].options(self.study.ptq.settings)
 
     @cached_property
     def starts_from(self) -> dict[str, str]:

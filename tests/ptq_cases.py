@@ -8,7 +8,7 @@ from training_cases import make_store, small_run
 
 from qpipe.corpus.store import TokenStore
 from qpipe.model import Decoder
-from qpipe.ptq.methods import get_method
+from qpipe.ptq_methods import get_method
 from qpipe.ptq.quantize import Request, quantize_checkpoint
 from qpipe.ptq.result import PtqResult, Target
 from qpipe.record import Record

@@ -20,11 +20,11 @@ from qpipe.cli import main
 from qpipe.corpus.store import TokenStore
 from qpipe.errors import QpipeError
 from qpipe.ptq.measure import measure_distortion
-from qpipe.ptq.methods import METHODS
 from qpipe.ptq.network import Network, load_network
 from qpipe.ptq.packed import build, read_packed
 from qpipe.ptq.result import PtqResult, load_result
 from qpipe.ptq.text import choose_text
+from qpipe.ptq_methods import METHODS
 from qpipe.record import LOSS_SCHEMA
 
 
@@ -178,7 +178,10 @@ def test_the_row_of_the_loss_table_has_its_columns(place, tmp_path):
     result = quantize(place, tmp_path / "out", "rtn", bits=3.5)
     row = result.loss_row()
     assert set(row) == set(LOSS_SCHEMA.names)
-    assert row["representation"] == "rtn-3.5"
+    assert row["representation"] == "w3.5-rtn"
+    assert row["ptq_bits"] == result.bits_per_weight
+    assert row["w_bits"] == 16  # what training knew of
+    assert (row["parent"], row["parent_loss"]) == (result.record.id, result.dense_loss)
     assert row["loss"] == result.loss
     assert row["n_compressed"] == result.record.run.parameters.blocks_linear
 

@@ -1,4 +1,4 @@
-"""Collect the records of finished runs into a loss table (Parquet), one row per run.
+"""Collect the records of finished runs and quantizations into a loss table (Parquet), one row each.
 
 Units and conventions stand in the metadata of each column. Diverged runs are rows without a loss.
 
@@ -15,7 +15,9 @@ from typing import Any
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `qpipe collect`."""
-    parser.add_argument("records", nargs="+", metavar="RECORD", help="record.json files, or @FILE that lists them")
+    parser.add_argument(
+        "records", nargs="+", metavar="RECORD", help="record.json and ptq.json files, or @FILE that lists them"
+    )
     parser.add_argument(
         "--capacity", nargs="*", default=[], type=Path, metavar="CAPACITY.json", help="output of qpipe capacity --json"
     )
@@ -28,22 +30,33 @@ def run(args: argparse.Namespace) -> int:
 
     from qpipe.errors import QpipeError
     from qpipe.files import replacing
-    from qpipe.record import load_record, loss_table
+    from qpipe.record import table_of_rows
 
     paths = [Path(line) for record in args.records for line in _listed(record)]
-    records, problems = [], []
+    capacities = {name: entry for path in args.capacity for name, entry in _capacities(path).items()}
+    rows, problems = [], []
     for path in paths:
         try:
-            records.append(load_record(path))
+            rows.append(_row(path, capacities))
         except QpipeError as error:
             problems += error.problems
     if problems:
         raise QpipeError(problems)
-    table = loss_table(records, {name: entry for path in args.capacity for name, entry in _capacities(path).items()})
+    table = table_of_rows(rows)
     with replacing(args.out) as temporary:
         pq.write_table(table, temporary)
     print(f"{table.num_rows} runs -> {args.out}")
     return 0
+
+
+def _row(path: Path, capacities: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    from qpipe.ptq.result import RESULT, load_result
+    from qpipe.record import load_record, loss_row
+
+    if path.name == RESULT:
+        return load_result(path).loss_row()
+    record = load_record(path)
+    return loss_row(record, capacities.get(record.run.representation_name))
 
 
 def _listed(argument: str) -> list[str]:

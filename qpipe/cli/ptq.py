@@ -50,22 +50,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Quantize and print what was found."""
-    from qpipe.ptq.methods import get_method
     from qpipe.ptq.result import Target
+    from qpipe.ptq_methods import get_method
 
     method = get_method(args.method, **_changes(args.set))
     with logged_to_stderr("qpipe.ptq"):
         import torch
 
+        from qpipe.leases import leased_gpu
         from qpipe.ptq.export import export_transformers
         from qpipe.ptq.quantize import Request, quantize_checkpoint, summary
 
         target = Target(
             bits=args.bits, size=args.size, max_loss_increase=args.max_loss_increase, payload_only=args.payload_only
         )
-        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         request = Request(method, target, args.seed, args.validation_tokens)
-        result = quantize_checkpoint(args.checkpoint, args.tokens, args.out, request, device)
+        with leased_gpu():
+            device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            result = quantize_checkpoint(args.checkpoint, args.tokens, args.out, request, device)
         if args.export:
             export_transformers(args.out, args.checkpoint)
     print(result.model_dump_json(indent=1) if args.json else summary(result))

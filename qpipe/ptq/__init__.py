@@ -10,7 +10,7 @@ A method is a composition of parts, each a module here, never a class of its own
     feedback      error feedback over columns (GPTQ)
     linearity     per-layer error weights by the linearity theorem (HIGGS)
 
-`methods` names the compositions (`cvxq`, `rtn`, `gptq`, `higgs`), `network` presents our decoders and Hugging Face
-models alike, `streaming` goes through a network block by block, `packed` is the file on disk, `export` writes what
-transformers loads, and `quantize` is the whole process in order.
+`qpipe.ptq_methods` names the compositions (`cvxq`, `rtn`, `gptq`, `higgs`), `network` presents our decoders and
+Hugging Face models alike, `streaming` goes through a network block by block, `packed` is the file on disk, `export`
+writes what transformers loads, and `quantize` is the whole process in order.
 """

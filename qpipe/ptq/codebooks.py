@@ -18,7 +18,7 @@ Distortion is in units of the group's variance: D(0) = 1, an ideal quantizer of 
 
 import math
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,11 +27,11 @@ from scipy.special import ndtr, ndtri
 from qpipe.compress.codebooks import lloyd_max
 from qpipe.compress.gaussian import optimal_multiplier
 from qpipe.compress.grids import levels as grid_levels
+from qpipe.ptq_methods import Kind
 
 Array = NDArray[np.float64]
 
-Kind = Literal["laplace", "gauss", "uniform", "lloyd-max"]
-KINDS: tuple[Kind, ...] = ("laplace", "gauss", "uniform", "lloyd-max")
+KINDS: tuple[Kind, ...] = get_args(Kind)
 MAX_DEPTH = 8
 """Deepest code in bits."""
 SEARCH: Array = 2.0 ** np.linspace(-2, 2, 33)

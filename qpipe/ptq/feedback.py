@@ -14,9 +14,9 @@ import math
 import torch
 from torch import Tensor
 
-from qpipe.ptq.codebooks import Kind
 from qpipe.ptq.fitting import Fit, Tables, fit_groups, standardise, tables
 from qpipe.ptq.groups import Layout, largest_divisor
+from qpipe.ptq_methods import Kind
 
 _LAZY_COLUMNS = 128
 

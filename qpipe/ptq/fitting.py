@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qpipe.ptq.codebooks import MAX_DEPTH, Kind, code_book, searched_distortion
+from qpipe.ptq.codebooks import MAX_DEPTH, code_book, searched_distortion
+from qpipe.ptq_methods import Kind
 
 ELEMENTS_AT_ONCE = {"cpu": 2**21, "cuda": 2**26}
 """Weights whose temporaries are held together."""

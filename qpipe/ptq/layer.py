@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from qpipe.compress.rotation import rotate
-from qpipe.ptq.codebooks import Kind
 from qpipe.ptq.fitting import decode, tables
 from qpipe.ptq.groups import Layout
+from qpipe.ptq_methods import Kind
 
 SCALE_BITS = 16
 """Bits of a scale, of an offset, and of a bias."""

@@ -28,7 +28,7 @@ from qpipe.ptq.codebooks import MAX_DEPTH
 from qpipe.ptq.fitting import depth_costs
 from qpipe.ptq.groups import Layout, clustered_layout, plain_layout
 from qpipe.ptq.layer import SCALE_BITS, depth_bits, rotation_block
-from qpipe.ptq.methods import Method
+from qpipe.ptq_methods import Method
 
 _DEPTHS = np.arange(MAX_DEPTH + 1)
 _EIGHTHS = np.arange(0, MAX_DEPTH + 0.0625, 0.125)

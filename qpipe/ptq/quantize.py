@@ -22,7 +22,6 @@ from qpipe.errors import QpipeError
 from qpipe.identity import digest
 from qpipe.ptq.layer import QuantizedLayer
 from qpipe.ptq.measure import describe_layer, measure_distortion, measure_losses, total_bits, zero_bit_share
-from qpipe.ptq.methods import Method
 from qpipe.ptq.network import Network, Source, load_network
 from qpipe.ptq.packed import write_packed
 from qpipe.ptq.planning import LayerTask, Plan
@@ -31,6 +30,7 @@ from qpipe.ptq.rounding import Pieces, round_independently, round_streaming
 from qpipe.ptq.scratch import write_runtime
 from qpipe.ptq.search import Exact, Search
 from qpipe.ptq.text import Text, choose_text
+from qpipe.ptq_methods import Method
 
 log = logging.getLogger("qpipe.ptq")
 

@@ -8,7 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qpipe.errors import QpipeError
 from qpipe.files import write_text
-from qpipe.ptq.methods import Method
+from qpipe.ptq_config import ptq_representation
+from qpipe.ptq_methods import Method
 from qpipe.record import Record, loss_row
 
 RESULT, PACKED, RUNTIME = "ptq.json", "packed.safetensors", "runtime.json"
@@ -69,9 +70,9 @@ class PtqResult(_Frozen):
 
     @property
     def label(self) -> str:
-        """Name of the representation in loss tables, e.g. `cvxq-2.5`: what was asked for, not what was reached."""
+        """Name of the representation in loss tables, e.g. `w2.5-cvxq`: what was asked for, not what was reached."""
         asked = self.target.bits if self.target.bits is not None else round(self.bits_per_weight, 2)
-        return f"{self.method.name}-{asked:g}"
+        return ptq_representation(self.method.name, asked)
 
     def loss_row(self) -> dict[str, Any]:
         """Return a row with the columns of the loss table (error: no loss, or no record of a run)."""
@@ -91,7 +92,14 @@ class PtqResult(_Frozen):
             "bits_per_weight": self.bits_per_weight,
             "payload_bits": self.payload_bits,
             "n_compressed": dense.run.parameters.blocks_linear,
-            "w_bits": self.payload_bits,
+            # Bits of training, as the precision law has it; what happened afterwards is told apart.
+            "w_bits": loss_row(dense)["w_bits"],
+            "ptq_method": self.method.name,
+            "ptq_bits": self.bits_per_weight,
+            "parent": dense.id,
+            "parent_loss": self.dense_loss,
+            "calibration_seed": self.seed,
+            "trajectory": dense.run.trajectory or dense.id,
         }
 
     def write(self, path: Path) -> None:

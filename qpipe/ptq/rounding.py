@@ -13,11 +13,11 @@ from qpipe.identity import canonical_json
 from qpipe.ptq.feedback import round_with_feedback
 from qpipe.ptq.fitting import encode, fit_groups, tables, to_half
 from qpipe.ptq.layer import QuantizedLayer, to_device
-from qpipe.ptq.methods import Method
 from qpipe.ptq.network import Network, set_weight
 from qpipe.ptq.packed import pack_layer, unpack_layer
 from qpipe.ptq.planning import LayerTask, Plan
 from qpipe.ptq.streaming import Inputs, stream
+from qpipe.ptq_methods import Method
 
 Report = Callable[[str], None]
 

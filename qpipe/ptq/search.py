@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from qpipe.errors import QpipeError
 from qpipe.ptq.linearity import layer_coefficients
-from qpipe.ptq.methods import Method
 from qpipe.ptq.network import Network, set_weight
 from qpipe.ptq.packed import header_bytes, remaining_tensors
 from qpipe.ptq.planning import LayerTask, Plan, Planner, make_task
@@ -25,6 +24,7 @@ from qpipe.ptq.rounding import round_independently
 from qpipe.ptq.scratch import Progress, read_progress, write_progress
 from qpipe.ptq.sensitivity import Probe, Sensitivity, accumulate, hidden_probe, loss_probe, principal_basis
 from qpipe.ptq.text import Text
+from qpipe.ptq_methods import Method
 
 log = logging.getLogger("qpipe.ptq")
 

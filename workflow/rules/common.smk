@@ -27,6 +27,8 @@ wildcard_constraints:
     run="[^/]+",
     format="[^/]+",
     law="[a-z-]+",
+    job="[^/]+",
+    method="[a-z]+",
 
 
 def records_of_format(wildcards):
@@ -51,11 +53,25 @@ def parallel(name):
     )
 
 
+def needs_of_unfinished_ptq(wildcards):
+    """The token store and the dense run, for a quantization that is still to be done."""
+    if Path(f"{RESULTS}/ptq/{wildcards.job}/ptq.json").exists():
+        return []
+    run = f"{RESULTS}/runs/{STUDY.ptq[wildcards.job].parent.id}"
+    return [TOKENS, f"{run}/record.json", f"{run}/model.safetensors"]
+
+
+def results_of_method(wildcards):
+    """Results of all quantizations by one method."""
+    return [f"{RESULTS}/ptq/{job}/ptq.json" for job in STUDY.ptq_of[wildcards.method]]
+
+
 def losses_of_law(wildcards):
     """Partitions of the loss table that a law is fitted to: no others can invalidate it."""
-    return [
-        f"{RESULTS}/losses/{name}.parquet" for name in STUDY.laws[wildcards.law].formats
-    ]
+    job = STUDY.laws[wildcards.law]
+    trained = [f"{RESULTS}/losses/{name}.parquet" for name in job.formats]
+    quantized = [f"{RESULTS}/losses/ptq/{job.law.ptq}.parquet"] if job.law.ptq else []
+    return trained + quantized
 
 
 def capacity_of_law(wildcards):

@@ -1,11 +1,16 @@
-"""The named methods: compositions of a group shape, code books, an allocator and a way of rounding."""
+"""The named methods of post-training quantization: group shape, code books, allocator, way of rounding.
+
+A description without torch, so that studies can name methods; what it describes is done in `qpipe.ptq`.
+"""
 
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from qpipe.errors import QpipeError, nearest
-from qpipe.ptq.codebooks import Kind
+
+Kind = Literal["laplace", "gauss", "uniform", "lloyd-max"]
+"""Families of code books (`qpipe.ptq.codebooks`)."""
 
 Allocator = Literal["uniform", "layer", "variance", "closed-form", "table", "measured", "exact"]
 """Who decides depths, and on what:
@@ -76,6 +81,11 @@ class Method(BaseModel):
     def streams(self) -> bool:
         """Whether the final rounding needs each layer's inputs."""
         return self.feedback or self.bias_correction
+
+    @property
+    def uses_seed(self) -> bool:
+        """Whether calibration text or noise is drawn, so that seeds differ."""
+        return not self.data_free or self.allocation == "layer"
 
     @property
     def data_free(self) -> bool:
