@@ -25,7 +25,7 @@ class ParameterCount:
     blocks_linear: int
     """weights of the linear layers inside the blocks, the ones a representation compresses"""
     norms: int
-    """RMSNorm gains, the final one included"""
+    """RMSNorm gains, the final one included, and biases where there are any"""
     embedding: int
     """token embedding (vocab_size x width)"""
     head: int
@@ -57,9 +57,10 @@ def count_parameters(shape: ModelShape) -> ParameterCount:
     """Count the parameters of a decoder by group."""
     block = sum(inputs * outputs for _, inputs, outputs in linear_shapes(shape))
     embedding = shape.vocab_size * shape.width
+    biases = shape.width + 2 * shape.kv_heads * shape.head_dim if shape.qkv_bias else 0
     return ParameterCount(
         blocks_linear=shape.layers * block,
-        norms=(2 * shape.layers + 1) * shape.width,
+        norms=(2 * shape.layers + 1) * shape.width + shape.layers * biases,
         embedding=embedding,
         head=0 if shape.tied_embeddings else embedding,
     )

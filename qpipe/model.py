@@ -3,8 +3,8 @@
     tokens -> embedding -> [ x + attention(norm(x));  x + feed_forward(norm(x)) ] * layers -> norm -> head -> logits
 
 Root-mean-square norms before each half of a block, rotary positions, grouped-query attention, a SwiGLU feed-forward,
-no biases, head tied to the embedding or not. With the same weights its logits are those of `transformers`'
-`LlamaForCausalLM` up to float32 rounding.
+head tied to the embedding or not, no biases (but Qwen 2's on queries, keys and values, where asked for). With the same
+weights its logits are those of `transformers`' `LlamaForCausalLM` up to float32 rounding.
 
 Two things differ from the usual layout, neither of which changes a number:
 
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from qpipe.compress import CompressedLinear, make_linear
 from qpipe.formats import Representation
-from qpipe.recipe import ModelShape
+from qpipe.recipe import ModelShape, RopeScaling
 
 INIT_STD = 0.02
 """Standard deviation of initial weights; projections back into the residual get INIT_STD / sqrt(2 layers)."""
@@ -81,6 +81,8 @@ class Decoder(nn.Module):
         residual_std = INIT_STD / math.sqrt(2 * self.shape.layers)
         for name, module in self.named_modules():
             weight = getattr(module, "weight", None)
+            if isinstance(bias := getattr(module, "bias", None), nn.Parameter):
+                bias.zero_()
             if isinstance(module, nn.RMSNorm):
                 module.weight.fill_(1.0)
             elif isinstance(weight, nn.Parameter) and not (self.shape.tied_embeddings and name == "head"):
@@ -151,7 +153,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = shape.heads, shape.kv_heads, shape.head_dim
         rows = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
-        self.qkv = make_linear(shape.width, rows, representation, device=device)
+        self.qkv = make_linear(shape.width, rows, representation, bias=shape.qkv_bias, device=device)
         self.out = make_linear(shape.heads * shape.head_dim, shape.width, representation, device=device)
 
     def forward(self, features: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
@@ -191,9 +193,20 @@ def rotary_tables(shape: ModelShape) -> tuple[Tensor, Tensor]:
     The angle of pair i stands at features i and i + head_dim/2, the order in which Llama checkpoints are stored.
     """
     exponents = torch.arange(0, shape.head_dim, 2, dtype=torch.float32, device="cpu") / shape.head_dim
-    angles = torch.outer(torch.arange(shape.context, dtype=torch.float32, device="cpu"), shape.rope_theta**-exponents)
+    frequencies = scaled_frequencies(shape.rope_theta**-exponents, shape.rope_scaling)
+    angles = torch.outer(torch.arange(shape.context, dtype=torch.float32, device="cpu"), frequencies)
     angles = torch.cat([angles, angles], dim=-1)[:, None, :]
     return angles.cos(), angles.sin()
+
+
+def scaled_frequencies(frequencies: Tensor, scaling: RopeScaling | None) -> Tensor:
+    """Divide low rotary frequencies by a factor, keep high ones and blend between (Llama 3.1's released code)."""
+    if scaling is None:
+        return frequencies
+    turns = scaling.original_context * frequencies / (2 * math.pi)  # that a pair makes over the old context
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept = kept.clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / scaling.factor)
 
 
 def rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:

@@ -51,8 +51,19 @@ class Growing(_Frozen):
         return {k: v for k, v in found.items() if k not in self.later or getattr(self, k) != fields[k].default}
 
 
+class RopeScaling(_Frozen):
+    """Slower rotary frequencies for contexts longer than those first trained on, as Llama 3.1 and 3.2 have them."""
+
+    factor: float = Field(ge=1, description="by which wavelengths beyond the old context grow")
+    low_freq_factor: float = Field(gt=0, description="old context over the shortest wavelength that grows in full")
+    high_freq_factor: float = Field(gt=0, description="old context over the longest wavelength that stays")
+    original_context: int = Field(ge=1, description="old context (tokens)")
+
+
 class ModelShape(Growing):
     """The shape of a Llama-type decoder; every number that its parameter count depends on."""
+
+    later: ClassVar[frozenset[str]] = frozenset({"rope_scaling", "qkv_bias"})
 
     layers: int = Field(ge=1, description="number of decoder blocks")
     width: int = Field(ge=2, description="residual width d (features)")
@@ -64,6 +75,8 @@ class ModelShape(Growing):
     tied_embeddings: bool = Field(default=False, description="share the embedding and the output head")
     rope_theta: float = Field(default=1e4, gt=0, description="base of the rotary position frequencies")
     norm_epsilon: float = Field(default=1e-5, gt=0, description="epsilon inside the root of RMSNorm")
+    rope_scaling: RopeScaling | None = Field(default=None, description="Llama 3's scaling of the frequencies, if any")
+    qkv_bias: bool = Field(default=False, description="queries, keys and values have biases, as Qwen 2's do")
 
     @property
     def head_dim(self) -> int:

@@ -6,7 +6,9 @@ short digest of those fields for machines: equal id, same experiment, on any mac
 representation are labels: they appear in the slug and in tables, never in the digest.
 
 A run may have a `parent`: a dense run whose final weights it starts from. Then it is identified by the parent's science
-fields beside its own, its batches are those that the parent would have read next, and D counts both runs' tokens.
+fields beside its own, its batches are those that the parent would have read next, and D counts both runs' tokens. Or it
+starts from a model trained elsewhere, identified by its weights; what that one was trained on is not known here, so D
+counts the run's own tokens alone.
 """
 
 from functools import cached_property
@@ -42,11 +44,19 @@ class Parent(BaseModel):
         return {"run": self.run.science(), "optimizer": self.optimizer, "horizon": self.horizon}
 
 
+class Checkpoint(BaseModel):
+    """A model trained elsewhere that a run starts from, known by its weights."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    weights: str = Field(description="digest of its weight files")
+
+
 class Run(Growing):
     """One training run, fully resolved."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    later: ClassVar[frozenset[str]] = frozenset({"parent"})
+    later: ClassVar[frozenset[str]] = frozenset({"parent", "checkpoint"})
 
     format: Literal[1] = Field(default=1, description="version of this file's layout")
     size: str = Field(description="label of the size in its ladder")
@@ -60,12 +70,16 @@ class Run(Growing):
     seed: int = Field(ge=0, description="seed of initialisation and of the order of the data")
     parent: Parent | None = Field(default=None, description="the dense run that it starts from; none: random weights")
 
+    checkpoint: Checkpoint | None = Field(default=None, description="model trained elsewhere that it starts from")
+
     @model_validator(mode="after")
     def _fits_its_parent(self) -> Self:
         if self.parent is None:
-            if self.steps < 1:
-                raise ValueError("a run without a parent needs at least one step")
+            if self.steps < 1 and self.checkpoint is None:
+                raise ValueError("a run from random weights needs at least one step")
             return self
+        if self.checkpoint is not None:
+            raise ValueError("a run starts from a parent or from a checkpoint, not from both")
         before, problems = self.parent.run, []
         if before.representation:
             problems.append(f"the parent is trained as '{before.representation_name}'; a parent is dense")

@@ -97,7 +97,7 @@ def test_a_child_is_identified_by_its_parents_science_alone(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"steps": 0, "parent": None}, "at least one step"),
+        ({"steps": 0, "parent": None}, "needs at least one step"),
         ({"seed": 3}, "differ in shape, corpus or seed"),
         ({"parent": {"run": child(trunk(9)).model_dump(), "optimizer": "fresh"}}, "a parent is dense"),
         ({"parent": {"run": small_run(steps=9).model_dump(), "optimizer": "kept"}}, "its schedule has ended|has ended"),

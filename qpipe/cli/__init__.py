@@ -19,6 +19,7 @@ VERBS: dict[str, str] = {
     "capacity": "bits/weight, Gaussian error and predicted multiplier of representations",
     "tokenize": "corpus -> token store + manifest",
     "train": "one run -> record, final weights, curve",
+    "finetune": "finetune a Hugging Face Llama-type model under a representation",
     "ptq": "quantize a dense checkpoint after training to any average bits per weight",
     "evaluate": "reload a trained run and reproduce its validation loss",
     "export": "pack a trained run to its stated bits and reload it",

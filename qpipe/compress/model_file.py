@@ -115,7 +115,8 @@ def read_packed(path: Path) -> PackedModel:
     representation = from_canonical(header["representation"])
     for name, (out_features, in_features) in header["layers"].items():
         layer = CompressedLinear(in_features, out_features, representation, device="meta")
-        parts = [key for key in tensors if key.rpartition(".")[0] == name and key != f"{name}.activation_scale"]
+        kept = {f"{name}.activation_scale", f"{name}.bias"}  # of the layer, and not of its packed weight
+        parts = [key for key in tensors if key.rpartition(".")[0] == name and key not in kept]
         tensors[f"{name}.weight"] = layer.unpack({key.rpartition(".")[2]: tensors.pop(key) for key in parts})
     tensors |= {alias: tensors[name] for alias, name in header["aliases"].items()}
     return PackedModel(tensors, header["description"])

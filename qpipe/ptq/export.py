@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qpipe.errors import QpipeError
+from qpipe.huggingface import projections
 from qpipe.model import Decoder
 from qpipe.ptq.network import Network
 from qpipe.ptq.packed import build, read_packed
@@ -67,7 +68,7 @@ def to_llama(model: Decoder) -> Any:
         head_dim=shape.head_dim,
         max_position_embeddings=shape.context,
         rms_norm_eps=shape.norm_epsilon,
-        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
+        rope_parameters=_rope_parameters(shape),
         tie_word_embeddings=shape.tied_embeddings,
         attention_bias=biased,
         mlp_bias=biased,
@@ -82,6 +83,15 @@ def to_llama(model: Decoder) -> Any:
     return llama.eval()
 
 
+def _rope_parameters(shape: ModelShape) -> dict[str, Any]:
+    scaling = shape.rope_scaling
+    if scaling is None:
+        return {"rope_type": "default", "rope_theta": shape.rope_theta}
+    numbers = scaling.model_dump(exclude={"original_context"})
+    original = {"original_max_position_embeddings": scaling.original_context}
+    return {"rope_type": "llama3", "rope_theta": shape.rope_theta, **numbers, **original}
+
+
 def _llama_state(model: Decoder, biased: bool) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {
         "model.embed_tokens.weight": model.embedding.weight,
@@ -94,27 +104,12 @@ def _llama_state(model: Decoder, biased: bool) -> dict[str, Tensor]:
         prefix = f"model.layers.{number}"
         state[f"{prefix}.input_layernorm.weight"] = block.attention_norm.weight
         state[f"{prefix}.post_attention_layernorm.weight"] = block.feed_forward_norm.weight
-        for name, linear, rows in _projections(block, model.shape):
+        for name, linear, rows in projections(block, model.shape):
             state[f"{prefix}.{name}.weight"] = linear.weight[rows].clone()
             if biased:
                 bias = torch.zeros(linear.out_features) if linear.bias is None else linear.bias
                 state[f"{prefix}.{name}.bias"] = bias[rows].clone()
     return {name: value.detach() for name, value in state.items()}
-
-
-def _projections(block: Any, shape: ModelShape) -> list[tuple[str, nn.Linear, slice]]:
-    """Return (name in Llama, our layer, its rows) of the seven projections of a block."""
-    query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    everything = slice(None)
-    return [
-        ("self_attn.q_proj", block.attention.qkv, slice(0, query)),
-        ("self_attn.k_proj", block.attention.qkv, slice(query, query + key)),
-        ("self_attn.v_proj", block.attention.qkv, slice(query + key, query + 2 * key)),
-        ("self_attn.o_proj", block.attention.out, everything),
-        ("mlp.gate_proj", block.feed_forward.gate_up, slice(0, shape.feed_forward)),
-        ("mlp.up_proj", block.feed_forward.gate_up, slice(shape.feed_forward, 2 * shape.feed_forward)),
-        ("mlp.down_proj", block.feed_forward.down, everything),
-    ]
 
 
 def _with_all_biases(network: Network) -> Any:

@@ -22,7 +22,7 @@ from qpipe.train.progress import Progress, Recorder, duration
 from qpipe.train.results import finished_record, make_record, publish
 from qpipe.train.runtime import describe
 from qpipe.train.scratch import Scratch, checkpoint_seconds
-from qpipe.train.start import KeepState, Start, keep_state, parent_folder, trunk_state
+from qpipe.train.start import KeepState, find_start, keep_state, trunk_state
 from qpipe.train.stop import StopOnSignal
 from qpipe.train.store import open_store
 from qpipe.train.tracking import Tracking
@@ -43,7 +43,8 @@ def train_run(run_file: Path, tokens: Path, out: Path, parent: Path | None = Non
     out
         Receives `record.json`, `model.safetensors`, `curve.parquet`, `runtime.json` and `run.yaml`.
     parent
-        Output folder of the run that it starts from, where it has one; by default the one of that id beside `out`.
+        Where its start lies: output folder of its parent, by default the one of that id beside `out`, or the folder
+        of the checkpoint.
 
     Raises
     ------
@@ -60,7 +61,7 @@ def train_run(run_file: Path, tokens: Path, out: Path, parent: Path | None = Non
     store = open_store(run, tokens)
     batches, validation, history = plan_data(run, store)
     processes = Processes.from_environment(run)
-    start = Start(run, parent_folder(run, out, parent)) if run.parent else None
+    start = find_start(run, out, parent)
     scratch, checkpoint = processes.claim(run, out)
     checkpoint = checkpoint or trunk_state(run, out, parent)
     module = TrainingModule(run, batches, history)

@@ -21,6 +21,7 @@ from torch import Tensor
 from qpipe.compress import CompressedLinear
 from qpipe.errors import QpipeError
 from qpipe.files import replacing
+from qpipe.huggingface import load_decoder, weights_digest
 from qpipe.model import Decoder
 from qpipe.record import Record, load_record
 from qpipe.runs import Run
@@ -36,21 +37,18 @@ Moments = dict[str, dict[str, Tensor]]
 
 
 class Start(lightning.Callback):
-    """Gives a child its parent's weights and moments before its first step.
+    """Gives a run the weights, and perhaps the moments, that it starts from.
 
     Parameters
     ----------
-    run
-        The child.
-    folder
-        Output folder of the parent (errors: not finished, another run, damaged files).
+    model
+        A dense model of the run's shape.
+    moments
+        AdamW's state by parameter name; empty for a fresh optimizer.
     """
 
-    def __init__(self, run: Run, folder: Path) -> None:
-        assert run.parent is not None
-        self.run, self.folder = run, folder
-        self.model, record = _load_parent(run, folder)
-        self.moments = read_moments(folder / STATE, record) if run.parent.optimizer == "kept" else {}
+    def __init__(self, model: Decoder, moments: Moments) -> None:
+        self.model, self.moments = model, moments
 
     def weights(self, model: Decoder) -> None:
         """Take over the weights."""
@@ -72,6 +70,43 @@ class KeepState(lightning.Callback):
         """Write it, all processes together."""
         if trainer.global_step == pl_module.run.steps:
             trainer.save_checkpoint(self.out / STATE)
+
+
+def find_start(run: Run, out: Path, given: Path | None) -> Start | None:
+    """Return what a run starts from, None for random weights.
+
+    Parameters
+    ----------
+    run
+        The run.
+    out
+        Its output folder.
+    given
+        Folder of its parent or of its checkpoint.
+
+    Raises
+    ------
+    QpipeError
+        The parent is not finished, the folder holds another run or model, files are damaged.
+    """
+    if run.checkpoint is not None:
+        return Start(_load_checkpoint(run, given), {})
+    if run.parent is None:
+        return None
+    folder = parent_folder(run, out, given)
+    model, record = _load_parent(run, folder)
+    return Start(model, read_moments(folder / STATE, record) if run.parent.optimizer == "kept" else {})
+
+
+def _load_checkpoint(run: Run, folder: Path | None) -> Decoder:
+    assert run.checkpoint is not None
+    if folder is None:
+        raise QpipeError(f"run {run.id} starts from a model trained elsewhere; name its folder with --parent")
+    if (found := weights_digest(folder)) != run.checkpoint.weights:
+        raise QpipeError(
+            f"run {run.id} starts from weights {run.checkpoint.weights[:12]}..., {folder} holds {found[:12]}..."
+        )
+    return load_decoder(folder, run.shape)
 
 
 def parent_folder(run: Run, out: Path, given: Path | None) -> Path:
