@@ -7,6 +7,7 @@ import pandas as pd
 
 DATA = Path(__file__).parent / "data"
 EFFS = {"dense": 1.0, "f1": 0.85, "f2": 0.6, "f3": 0.3}
+SCARCE_EFFS = {"dense": 1.0, "a": 0.9, "b": 0.7, "c": 0.4, "e": 0.15}
 
 
 def quest() -> pd.DataFrame:
@@ -39,6 +40,17 @@ def compression_world(seed: int = 0, noise: float = 0.004, **shape: object) -> p
     eff = table["representation"].map(EFFS)
     loss = 60.0 * (table["n"] * eff) ** -0.25 + 800.0 * table["d"] ** -0.32 + 1.6
     return table.assign(loss=loss * np.exp(noise * np.random.default_rng(seed).standard_normal(len(table))))
+
+
+def scarce_world(seed: int) -> pd.DataFrame:
+    """The same law where runs are few: 12 dense ones, 4 of every compressed representation; 9 parameters in all."""
+    rows = [(n, n * r, "dense") for n in np.geomspace(3e7, 8e8, 4) for r in (20, 60, 180)]
+    points = ((3e7, 100), (9e7, 50), (27e7, 100), (8e8, 30))
+    rows += [(n, n * r, name) for name in SCARCE_EFFS if name != "dense" for n, r in points]
+    table = pd.DataFrame(rows, columns=["n", "d", "representation"])
+    eff = table["representation"].map(SCARCE_EFFS)
+    loss = 60.0 * (table["n"] * eff) ** -0.25 + 800.0 * table["d"] ** -0.32 + 1.6
+    return table.assign(loss=loss * np.exp(0.003 * np.random.default_rng(seed).standard_normal(len(table))))
 
 
 def covariate_table() -> pd.DataFrame:

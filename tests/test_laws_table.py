@@ -94,11 +94,60 @@ def test_values_that_no_run_can_have_are_named_by_row(column: str, value: float,
     assert "row 7" in message
 
 
-def test_billions_are_recognised() -> None:
+def test_counts_in_other_units_are_recognised_by_size_or_by_their_ratio() -> None:
     table = compression_world()
     message = problems(table.assign(d=table["d"] / 1e9, n=table["n"] / 1e6))
     assert "--map d=d*1e9" in message
-    assert "n has a median of" in message
+    assert "n is 30" in message
+    few = table.assign(d=np.where(table.index < 3, table["d"] / 1e9, table["d"]))
+    assert "rows 1, 2, 3: d is 0.75" in problems(few)
+    assert "tokens per parameter" in problems(table.assign(d=table["d"] / 1e5))
+
+
+def test_perplexities_below_the_largest_loss_are_refused_and_their_logarithm_is_a_mapping(tmp_path: Path) -> None:
+    table = compression_world()
+    message = problems(table.assign(loss=table["loss"] * 3.3))
+    assert "--map loss=log(loss)" in message
+    foreign = table.drop(columns="loss").assign(ppl=np.exp(table["loss"]))
+    path = write(tmp_path / "ppl.csv", foreign)
+    with pytest.raises(QpipeError, match=r"--map loss=log\(ppl\)"):
+        read_losses(path)
+    read = read_losses(path, ["loss=log(ppl)"])
+    np.testing.assert_allclose(read["loss"], table["loss"], rtol=1e-12)
+
+
+def test_the_reference_may_have_another_name(tmp_path: Path) -> None:
+    table = compression_world()
+    foreign = table.assign(representation=table["representation"].replace("dense", "BF16"))
+    assert "--reference BF16" in problems(foreign)
+    path = write(tmp_path / "foreign.csv", foreign)
+    pd.testing.assert_frame_equal(read_losses(path, reference="BF16"), table, rtol=1e-12)
+    with pytest.raises(QpipeError, match="did you mean 'BF16'"):
+        read_losses(path, reference="BF1")
+    with pytest.raises(QpipeError, match="only one of them"):
+        read_losses(write(tmp_path / "both.csv", table), reference="f1")
+
+
+def test_a_column_that_names_the_format_is_not_passed_over(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.csv", compression_world().rename(columns={"representation": "Format"}))
+    with pytest.raises(QpipeError, match="--map representation=Format"):
+        read_losses(path)
+    assert set(read_losses(path, ["representation=Format"])["representation"]) == {"dense", "f1", "f2", "f3"}
+
+
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_other_separators_are_read(tmp_path: Path, separator: str) -> None:
+    table = compression_world()
+    table.to_csv(tmp_path / "t.csv", sep=separator, index=False)
+    pd.testing.assert_frame_equal(read_losses(tmp_path / "t.csv"), table, rtol=1e-12)
+
+
+def test_tables_without_a_finished_run_say_what_was_found() -> None:
+    table = compression_world()
+    assert "found 'diverged', 'finished'" in problems(
+        table.assign(status=np.where(table.index < 9, "diverged", "finished"))
+    )
+    assert len(select_rows(table.assign(status="OK"), get_law("compression")).table) == len(table)
 
 
 def test_copies_of_a_run_are_refused_and_replicates_kept() -> None:

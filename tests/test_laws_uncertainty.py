@@ -1,11 +1,12 @@
 """Intervals: resamples against scipy, profiles against brute force, coverage of the truth."""
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
 import pytest
-from laws_cases import EFFS, TRUTH, chinchilla_rows, compression_world, quest, t5
+from laws_cases import EFFS, SCARCE_EFFS, TRUTH, chinchilla_rows, compression_world, quest, scarce_world, t5
 from scipy.optimize import least_squares
 
 from qpipe.errors import QpipeError
@@ -170,23 +171,26 @@ def test_more_noise_gives_wider_intervals_in_proportion() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ["log-huber", "log-l2"])
-def test_ninety_percent_intervals_cover_the_truth(objective: str) -> None:
-    """Over 300 replicates of 64 runs: every multiplier's and exponent's 90% interval covers in 85 to 95 of 100.
-
-    The binomial standard error of a coverage of 0.9 is 0.017, so the band is widened by two of it for each of them and
-    held exactly for their mean.
-    """
-    hits: dict[str, list[bool]] = {}
+@pytest.mark.parametrize(
+    ("world", "effs", "objective"),
+    [
+        (compression_world, EFFS, "log-huber"),
+        (compression_world, EFFS, "log-l2"),
+        (scarce_world, SCARCE_EFFS, "log-huber"),
+    ],
+)
+def test_ninety_percent_intervals_cover_the_truth(
+    world: Callable[[int], pd.DataFrame], effs: dict[str, float], objective: str
+) -> None:
+    """Over 300 replicates the 90% interval of every parameter and multiplier covers in 85 to 95 of 100, in percent."""
+    truth = {**TRUTH["compression"], **{f"eff[{name}]": value for name, value in effs.items()}}
+    hits = []
     for seed in range(300):
-        fitted = point(compression_world(10_000 + seed), "compression", objective=objective, bootstrap=400, seed=seed)
+        fitted = point(world(10_000 + seed), "compression", objective=objective, bootstrap=400, seed=seed)
         draws = resample(fitted)
         assert draws is not None
         low, high = np.quantile(fitted.natural(draws), [0.05, 0.95], axis=0)
-        for i, name in enumerate(fitted.model.names):
-            if name.startswith("eff") or name in ("alpha", "beta"):
-                truth = TRUTH["compression"][name]
-                hits.setdefault(name, []).append(bool(low[i] <= truth <= high[i]))
-    coverage = {name: float(np.mean(values)) for name, values in hits.items()}
-    assert 0.85 <= np.mean(list(coverage.values())) <= 0.95, coverage
-    assert all(0.85 - 0.035 <= share <= 0.95 + 0.035 for share in coverage.values()), coverage
+        true = np.array([truth[name] for name in fitted.model.names])
+        hits.append((low <= true) & (true <= high))
+    coverage = dict(zip(fitted.model.names, np.round(np.mean(hits, axis=0), 2).tolist(), strict=True))
+    assert all(0.85 <= share <= 0.95 for share in coverage.values()), coverage

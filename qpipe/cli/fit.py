@@ -39,7 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=COLUMN[*FACTOR]",
-        help="where a column stands and in which unit, e.g. n=params_m*1e6,d=tokens",
+        help="where a column stands and in which unit, e.g. n=params_m*1e6,d=tokens,loss=log(perplexity)",
+    )
+    parser.add_argument(
+        "--reference", default="dense", metavar="R", help="the table's name of the uncompressed reference (dense)"
     )
     parser.add_argument(
         "--objective",
@@ -97,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from qpipe.laws import fit, parse_priors, parse_settings, read_losses
 
-    table = read_losses(args.losses, args.map)
+    table = read_losses(args.losses, args.map, args.reference)
     if args.law == "capacity" and "gmse" not in table:
         table = with_errors(table, args.capacity)
     result = fit(

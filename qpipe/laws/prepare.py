@@ -12,10 +12,17 @@ from qpipe.identity import digest
 from qpipe.laws.expressions import matching_rows
 from qpipe.laws.model import Law
 from qpipe.laws.parts import Design
+from qpipe.laws.table import REFERENCES
 
 BITS_OF_DENSE = 16.0
 MAX_LOSS = 14.0
 """Above the entropy of a uniform guess over any vocabulary in use (ln 262,144 = 12.5): perplexities, not losses."""
+MAX_MEDIAN_LOSS = 9.0
+"""Half of all runs that learned next to nothing are not a study: perplexities of good models."""
+FEWEST = 1000.0
+"""Fewer parameters or tokens are counts in millions or billions."""
+LEAST_RATIO, MOST_RATIO = 1e-3, 1e6
+"""Tokens per parameter beyond which one of the two is in another unit."""
 
 
 @dataclass
@@ -46,7 +53,11 @@ def select_rows(table: pd.DataFrame, law: Law, exclude: Sequence[str] = ()) -> R
     for rule in exclude:
         kept = _drop(kept, matching_rows(kept, rule), rule, excluded)
     if "status" in kept:
-        bad = ~kept["status"].isin(("ok", "")).to_numpy()
+        status = kept["status"].fillna("").astype(str)
+        bad = ~status.str.lower().isin(("ok", "")).to_numpy()
+        if bad.all() and bad.size:
+            found = ", ".join(f"'{name}'" for name in sorted(set(status)))
+            raise QpipeError(f"no run has the status ok, found {found}; only runs whose status is ok are fitted")
         kept = _drop(kept, bad, "status is not ok", excluded)
     if law.dense_only:
         kept = _drop(kept, (kept["representation"] != "dense").to_numpy(), "representation is not dense", excluded)
@@ -105,19 +116,25 @@ def _problems(table: pd.DataFrame) -> list[str]:
 
 def _unit_problems(table: pd.DataFrame) -> list[str]:
     problems = []
-    if (bad := table["loss"] > MAX_LOSS).any():
-        top = table["loss"].max()
+    loss = table["loss"]
+    if (bad := (loss > MAX_LOSS) & np.isfinite(loss)).any() or loss.median() > MAX_MEDIAN_LOSS:
+        bad = bad if bad.any() else loss > MAX_MEDIAN_LOSS
         problems.append(
-            f"{_where(table, bad)}: loss up to {top:g} is not a cross-entropy in nats/token; take the "
-            "logarithm of perplexities, divide per-sequence sums, or exclude diverged runs"
+            f"{_where(table, bad)}: loss up to {loss[bad].max():g} is not a cross-entropy in nats/token; take the "
+            "logarithm of perplexities (--map loss=log(loss)), divide per-sequence sums, or exclude diverged runs"
         )
     for name, what in (("n", "parameters"), ("d", "tokens")):
-        median = float(table[name].median())
-        if 0 < median < 1000:
+        if (small := (table[name] > 0) & (table[name] < FEWEST)).any():
             problems.append(
-                f"{name} has a median of {median:g}: a count of {what} is expected; if it is in millions "
-                f"or billions, add --map {name}={name}*1e6 or --map {name}={name}*1e9"
+                f"{_where(table, small)}: {name} is {table[name][small].iloc[0]:g}, but a count of {what} is expected; "
+                f"if it is in millions or billions, add --map {name}={name}*1e6 or --map {name}={name}*1e9"
             )
+    ratio = float((table["d"] / table["n"].where(table["n"] > 0)).median())
+    if not problems and np.isfinite(ratio) and not LEAST_RATIO <= ratio <= MOST_RATIO:
+        problems.append(
+            f"a median of {ratio:.2g} tokens per parameter: n and d seem to be in different units; both are counts, "
+            "as in --map d=d*1e9"
+        )
     return problems
 
 
@@ -126,9 +143,11 @@ def _column_problems(table: pd.DataFrame, law: Law) -> list[str]:
     problems = []
     compressed = table["representation"] != "dense"
     if law.grouped and compressed.all():
+        alike = [name for name in dict.fromkeys(table["representation"]) if name.lower() in REFERENCES]
+        remedy = f"if '{alike[0]}' is it, add --reference {alike[0]}" if alike else "name it with --reference NAME"
         problems.append(
-            f"law {law.name} needs dense rows as its reference (eff = 1) and the table has none; rename "
-            "the reference's representation to `dense`, or add dense runs"
+            f"law {law.name} needs dense rows as its reference (eff = 1) and the table has none; {remedy}, or add "
+            "dense runs"
         )
     for name in law.columns:
         if name not in table:
