@@ -1,11 +1,12 @@
 """Refit public loss tables and set what was published beside it: writes docs/gallery.md.
 
-python benchmarks/gallery.py [OUT.md]
+snakemake -s workflow/gallery.smk --cores 1, or python benchmarks/gallery.py [OUT.md]
 """
 
 import sys
 from pathlib import Path
 
+from qpipe.files import write_text
 from qpipe.laws import Fit, fit, read_losses
 
 ROOT = Path(__file__).parents[1]
@@ -19,7 +20,14 @@ QUEST = {
 T5 = {"a_S": 16.8, "b_S": 0.722, "c_S": 45.0, "b_N": 0.245, "a_D": 6.90e8, "b_D": 0.203, "c": 0.651}
 HEAD = """# Public runs, refitted
 
-Written by `python benchmarks/gallery.py`; the tables and their licences are in `tests/data/README.md`.
+Written by `snakemake -s workflow/gallery.smk --cores 1` from three loss tables in `tests/data/`. The losses are
+published facts in our own columns; how each column was made from its source is in `tests/data/README.md`.
+
+| table | source | licence of the source |
+|---|---|---|
+| [QuEST](../tests/data/quest_losses.csv) | github.com/IST-DASLab/QuEST, commit c295afd | MIT |
+| [sparse T5](../tests/data/t5_sparse_losses.csv) | github.com/google-research/jaxpruner, commit aeb5310 | Apache-2.0 |
+| [Quartet](../tests/data/quartet_dense_losses.csv) | github.com/IST-DASLab/Quartet, `notebooks/plots.ipynb` | MIT |
 """
 
 
@@ -108,4 +116,4 @@ def quartet() -> list[str]:
 
 if __name__ == "__main__":
     out = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "docs" / "gallery.md"
-    out.write_text("\n".join([HEAD, *quest(), "", *t5(), "", *quartet()]) + "\n", encoding="utf-8")
+    write_text(out, "\n".join([HEAD, *quest(), "", *t5(), "", *quartet()]) + "\n")
