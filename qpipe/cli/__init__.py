@@ -28,6 +28,8 @@ VERBS: dict[str, str] = {
     "multipliers": "fit -> efficiency-multiplier table (parquet, csv, md, tex)",
     "predict": "fit -> predicted loss at any size, tokens and representation",
     "advise": "fit -> best size, tokens and representation for a budget; which runs to do next",
+    "splits": "losses -> best split of a budget between dense training and finetuning",
+    "changes": "how far finetuning moved the weights, latent and quantized",
     "front": "losses -> front of loss against size, with how sure each model's place on it is",
     "figures": "fit + losses -> figures",
     "report": "tables and figures -> one self-contained HTML page",
