@@ -13,7 +13,7 @@ from qpipe.ptq.groups import clustered_layout, largest_divisor, plain_layout
 from qpipe.ptq.linearity import divergence, layer_coefficients
 from qpipe.ptq.network import Network, set_weight, wrap_decoder
 from qpipe.ptq.sensitivity import Sensitivity, accumulate, hidden_probe, loss_probe, principal_basis
-from qpipe.ptq.streaming import stream
+from qpipe.ptq.streaming import _Moments, stream
 
 
 def small_network(seed: int = 0, **shape) -> Network:
@@ -256,3 +256,12 @@ def test_layer_coefficients_are_second_order_in_the_noise():
         smaller.append(divergence(network, reference, network.hidden(tokens).flatten(0, 1)) / 0.002)
     weight.data.copy_(exact)
     assert np.mean(smaller) == pytest.approx(np.mean([run[name] for run in runs]), rel=0.35)
+
+
+def test_second_moments_stay_exact_while_the_model_runs_in_bfloat16():
+    x = torch.randn(3, 40, 16, generator=torch.Generator().manual_seed(0))
+    moments = _Moments(second=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        moments.hook(torch.nn.Identity(), (x,), x)
+    rows = x.double().flatten(0, 1)
+    assert torch.allclose(moments.result().second.double(), rows.T @ rows / len(rows), rtol=1e-5, atol=1e-6)

@@ -130,9 +130,10 @@ def _square_hook(name: str, into: Sensitivity) -> Callable[..., None]:
             if total is None:
                 total = into.sums[name] = torch.zeros_like(module.weight, dtype=torch.float32)
             # Where a model flattens (B, T) the whole batch is squared at once: unbiased too, with more variance.
-            for g, inputs_of_one in zip(_sequences(gradient), _sequences(x), strict=True):
-                product = g.float().T @ inputs_of_one.float()
-                total.addcmul_(product, product)
+            with torch.autocast(x.device.type, enabled=False):
+                for g, inputs_of_one in zip(_sequences(gradient), _sequences(x), strict=True):
+                    product = g.float().T @ inputs_of_one.float()
+                    total.addcmul_(product, product)
 
         output.register_hook(on_backward)
 

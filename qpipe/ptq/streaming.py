@@ -117,7 +117,8 @@ class _Moments:
         total = x.sum(0, dtype=torch.float64)
         self.total = total if self.total is None else self.total + total
         if self.second:
-            outer = (x.T @ x).double()
+            with torch.autocast(x.device.type, enabled=False):  # in bfloat16 the sum would not be positive definite
+                outer = (x.T @ x).double()
             self.outer = outer if self.outer is None else self.outer.add_(outer)
 
     def result(self) -> Inputs:
