@@ -6,6 +6,7 @@
 #   results/<study>/capacity/<format>.json      what theory predicts before training    rule capacity
 #   results/<study>/ptq/<job>/ptq.json          a dense run quantized after training        rule ptq
 #   results/<study>/losses/<format>.parquet     loss table, one partition per format    rule collect
+#   results/<study>/damage/                     what quantization costs, until when it is enough   rule damage
 #   results/<study>/fits/<law>.json             fitted laws with intervals              rule fit
 #   results/<study>/tables/<law>/               efficiency multipliers                  rule multipliers
 #   results/<study>/figures/<law>/              figures                                 rule figures
@@ -32,6 +33,7 @@ localrules:
     plan,
     collect,
     collect_ptq,
+    damage,
     capacity,
     fit,
     multipliers,
@@ -46,11 +48,7 @@ rule all:
         f"{RESULTS}/report.html",
         tracked_laws(),
         expand("{results}/runs/{run}/record.json", results=RESULTS, run=RUNS),
-        expand(
-            "{results}/losses/ptq/{method}.parquet",
-            results=RESULTS,
-            method=STUDY.ptq_of,
-        ),
+        damage_of_study(),
 
 
 onstart:

@@ -133,9 +133,15 @@ class Workflow:
             if law.representations is None or self.formats[slug].name in law.representations
         ]
 
+    @property
+    def interval_options(self) -> str:
+        """Options of every step that resamples runs."""
+        fit = self.study.fit
+        return f"--bootstrap {fit.bootstrap} --level {fit.level} --seed {fit.seed}"
+
     def _options(self, law: Law) -> str:
         fit = self.study.fit
-        options = f"--bootstrap {fit.bootstrap} --level {fit.level} --seed {fit.seed} --delta {fit.delta}"
+        options = f"{self.interval_options} --delta {fit.delta}"
         fixed = "".join(f" --fix {name}={value}" for name, value in law.fix.items())
         return options + fixed + (f" --exclude {shlex.quote(fit.exclude)}" if fit.exclude else "")
 

@@ -31,6 +31,7 @@ VERBS: dict[str, str] = {
     "splits": "losses -> best split of a budget between dense training and finetuning",
     "changes": "how far finetuning moved the weights, latent and quantized",
     "front": "losses -> front of loss against size, with how sure each model's place on it is",
+    "damage": "losses -> what quantization after training costs, and until when it is enough",
     "figures": "fit + losses -> figures",
     "report": "tables and figures -> one self-contained HTML page",
     "track": "log the multiplier table to Weights & Biases",

@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="report.html", help="page to write")
     parser.add_argument("--table", type=Path, nargs="*", default=[], metavar="DIR", help="multiplier tables")
     parser.add_argument("--figures", type=Path, nargs="*", default=[], metavar="DIR", help="figures of the fits")
+    parser.add_argument("--damage", type=Path, metavar="DIR", help="what qpipe damage wrote")
     parser.add_argument("--study", type=Path, metavar="STUDY.yaml", help="the study, resolved")
     parser.add_argument("--plan", type=Path, metavar="PLAN.json", help="its runs: names those that are missing")
     parser.add_argument("--losses", type=Path, nargs="*", default=[], metavar="LOSSES", help="loss tables")
@@ -38,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
         plan=args.plan,
         tables=args.table,
         figures=args.figures,
+        damage=args.damage,
         losses=args.losses,
         runs=args.runs,
         capacity=args.capacity,

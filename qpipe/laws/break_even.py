@@ -21,6 +21,9 @@ from qpipe.errors import QpipeError
 from qpipe.laws.damage import NAMES, Array, Damage, interval_of
 from qpipe.laws.result import Fit
 
+_NEAR = 0.25
+"""Bits by which a comparison may go beyond the bits that were rounded to and still count as measured."""
+
 
 def worth(damage: Array | float, n: Array | float, parameters: Mapping[str, float]) -> Array:
     """Return eff of models of n parameters whose loss is raised by `damage`, under a law with A and alpha."""
@@ -99,17 +102,23 @@ def _compared(damage: Damage, fit: Fit, name: str, bits: float, n: float, level:
         "bits_per_weight": bits,
         "n": n,
         "eff": entry["eff"],
-        "eff_low": entry.get("low"),
-        "eff_high": entry.get("high"),
+        "eff_low": _number(entry.get("low")),
+        "eff_high": _number(entry.get("high")),
         "least_d_per_n": least,
         "eff_rounded_least": float(worth(damage.predict(n, least * n, bits), n, fit.parameters)),
         "most_d_per_n": most,
         "eff_rounded_most": float(worth(damage.predict(n, most * n, bits), n, fit.parameters)),
         "enough_until_d_per_n": until,
-        "until_low": limits[0] if limits else None,
-        "until_high": limits[1] if limits else None,
-        "within_runs": bool(least <= until <= most and damage.ranges["bits"][0] <= bits <= damage.ranges["bits"][1]),
+        "until_low": limits[0] if limits else math.nan,
+        "until_high": limits[1] if limits else math.nan,
+        "within_runs": bool(
+            least <= until <= most and damage.ranges["bits"][0] - _NEAR <= bits <= damage.ranges["bits"][1] + _NEAR
+        ),
     }
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
 
 
 def statements(table: pd.DataFrame) -> list[str]:
@@ -127,7 +136,7 @@ def _statement(row: Mapping[Any, Any]) -> str:
         f"{row['method']} at the same bits, N = {row['n']:.3g}: {', '.join(worth_of)}."
     )
     until = row["enough_until_d_per_n"]
-    span = "" if row["until_low"] is None else f" [{row['until_low']:.3g}, {row['until_high']:.3g}]"
+    span = "" if math.isnan(row["until_low"]) else f" [{row['until_low']:.3g}, {row['until_high']:.3g}]"
     if until == 0:
         return f"{head} Rounding is never enough."
     if not math.isfinite(until):

@@ -26,6 +26,7 @@ from qpipe.files import write_text
 from qpipe.laws import Fit, read_losses
 from qpipe.report.axes import format_number
 from qpipe.report.check_tables import check_tables
+from qpipe.report.damage import RESULT, comparison_table, damage_table, read_damage
 from qpipe.report.inputs import file_digest, inside, read_capacities, read_json
 from qpipe.report.interactive import specification
 from qpipe.report.palette import INK
@@ -60,6 +61,8 @@ class Sources:
     """multipliers.parquet in the fits' order: of each fit, or of each that has multipliers, or none at all."""
     figures: Sequence[Path] = ()
     """figures.json of each fit, in any order."""
+    damage: Path | None = None
+    """Folder that qpipe damage wrote."""
     losses: Sequence[Path] = ()
     runs: Path | None = None
     """Holds a folder per run."""
@@ -107,6 +110,7 @@ def build(sources: Sources) -> str:
         "summary": _summary(rows, fits),
         "problems": _problems(rows),
         "fits": fits,
+        "damage": None if sources.damage is None else _damage_section(sources.damage, figures),
         "runs": runs_table(rows) if rows else None,
         "runs_summary": _runs_summary(rows),
         "curves": figures.add(specification(curves), render(curves, "svg"), "curves") if curves else None,
@@ -125,6 +129,7 @@ def _fill(content: Json, figures: _Figures) -> str:
 
     plotly, script = get_plotlyjs(), _asset("page.js")
     sections = [(fit["anchor"], fit["title"]) for fit in content["fits"]]
+    sections += [("damage", "Rounding or training")] if content["damage"] else []
     sections += [("runs", "Runs")] if content["runs"] else []
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     return environment.from_string(_asset("page.html")).render(
@@ -230,6 +235,19 @@ def _fit_section(
     return section
 
 
+def _damage_section(folder: Path, figures: _Figures) -> Json:
+    content = read_damage(folder)
+    return {
+        "statements": content["statements"],
+        "terms": damage_table(content),
+        "comparison": comparison_table(content),
+        "figures": [
+            figures.add(one, _svg(folder / f"{one['layout']['meta']['name']}.svg"), one["layout"]["meta"]["name"])
+            for one in content["figures"]
+        ],
+    }
+
+
 def _svg(path: Path) -> bytes:
     try:
         return path.read_bytes()
@@ -287,5 +305,6 @@ def _versions(rows: Sequence[RunRow]) -> list[tuple[str, str, str]]:
 def _digests(sources: Sources) -> list[tuple[str, str]]:
     files = [*sources.fits, *inside(sources.tables, "multipliers.parquet"), *inside(sources.figures, "figures.json")]
     files += [path for path in (sources.study, sources.plan) if path is not None]
+    files += [] if sources.damage is None else [sources.damage / RESULT]
     files += [*sources.capacity, *(path for path in sources.losses if path.is_file())]
     return [(str(path), file_digest(path)) for path in files]

@@ -66,6 +66,22 @@ def results_of_method(wildcards):
     return [f"{RESULTS}/ptq/{job}/ptq.json" for job in STUDY.ptq_of[wildcards.method]]
 
 
+def losses_with_ptq():
+    """All partitions of the loss table, trained and quantized."""
+    quantized = [f"{RESULTS}/losses/ptq/{method}.parquet" for method in STUDY.ptq_of]
+    return [f"{RESULTS}/losses/{name}.parquet" for name in STUDY.runs_of] + quantized
+
+
+def compression_fit():
+    """The fit that quantized models are compared with, where the study has it."""
+    return [f"{RESULTS}/fits/compression.json"] if "compression" in LAWS else []
+
+
+def damage_of_study():
+    """What quantization costs, where the study quantizes anything."""
+    return [f"{RESULTS}/damage/damage.json"] if STUDY.ptq_of else []
+
+
 def losses_of_law(wildcards):
     """Partitions of the loss table that a law is fitted to: no others can invalidate it."""
     job = STUDY.laws[wildcards.law]

@@ -58,3 +58,22 @@ rule collect_ptq:
     run:
         listing = write_list(input.results, log[0])
         shell("{QPIPE} collect @{listing} --out {output} > {log} 2>&1")
+
+
+rule damage:
+    input:
+        losses=losses_with_ptq(),
+        fit=compression_fit(),
+    output:
+        f"{RESULTS}/damage/damage.json",
+    log:
+        f"logs/damage/{STUDY.name}.log",
+    params:
+        losses=losses_with_ptq(),
+        fit=f"--fit {RESULTS}/fits/compression.json" if compression_fit() else "",
+        options=STUDY.interval_options,
+        code=source_digest("laws", "report", "cli/damage.py"),
+    message:
+        "Fitting what quantization after training costs"
+    shell:
+        "{QPIPE} damage {input.losses} {params.fit} {params.options} --out $(dirname {output}) > {log} 2>&1"

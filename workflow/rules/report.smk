@@ -44,6 +44,7 @@ rule report:
         figures=expand(
             "{results}/figures/{law}/figures.json", results=RESULTS, law=LAWS
         ),
+        damage=damage_of_study(),
     output:
         f"{RESULTS}/report.html",
     log:
@@ -53,12 +54,13 @@ rule report:
         tables=lambda wildcards, input: (
             f"--table {input.tables}" if input.tables else ""
         ),
+        damage=f"--damage {RESULTS}/damage" if STUDY.ptq_of else "",
         code=source_digest("report", "cli/report.py"),
     message:
         f"Writing {RESULTS}/report.html"
     shell:
         "{QPIPE} report --study {input.study} --plan {input.plan} --runs {params.runs} --losses {input.losses}"
-        " --capacity {input.capacity} --fit {input.fits} {params.tables} --figures {input.figures}"
+        " --capacity {input.capacity} --fit {input.fits} {params.tables} --figures {input.figures} {params.damage}"
         " --step tokenize=benchmarks/workflow/tokenize/{STUDY.corpus}.tsv"
         " train=benchmarks/workflow/train/{STUDY.name} fit=benchmarks/workflow/fit/{STUDY.name}"
         " --out {output} > {log} 2>&1"
