@@ -264,4 +264,4 @@ def test_second_moments_stay_exact_while_the_model_runs_in_bfloat16():
     with torch.autocast("cpu", torch.bfloat16):
         moments.hook(torch.nn.Identity(), (x,), x)
     rows = x.double().flatten(0, 1)
-    assert torch.allclose(moments.result().second.double(), rows.T @ rows / len(rows), rtol=1e-5, atol=1e-6)
+    assert torch.allclose(moments.result().second_moment.double(), rows.T @ rows / len(rows), rtol=1e-5, atol=1e-6)
