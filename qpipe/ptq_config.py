@@ -9,6 +9,7 @@ the same weights before.
 import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -111,3 +112,19 @@ def ptq_jobs(section: Ptq | None, runs: Iterable[Run]) -> list[PtqJob]:
         for bits in dict.fromkeys(section.bits)
         for seed in (dict.fromkeys(section.seeds) if method.uses_seed else section.seeds[:1])
     ]
+
+
+def ptq_states(jobs: Iterable[PtqJob], folder: Path) -> dict[str, int]:
+    """Count jobs by state below a study's results: done, begun (running, or killed and to be resumed), missing."""
+    counts = {"done": 0, "begun": 0, "missing": 0}
+    for job in jobs:
+        place = folder / "ptq" / job.id
+        counts["done" if (place / "ptq.json").exists() else "begun" if place.exists() else "missing"] += 1
+    return counts
+
+
+def ptq_summary(counts: dict[str, int]) -> str:
+    """Return the counts in words, empty where nothing is quantized."""
+    total = sum(counts.values())
+    words = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+    return f"{total} quantizations after training ({words})" if total else ""

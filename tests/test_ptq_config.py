@@ -1,5 +1,6 @@
 """The `ptq` section of a study: jobs, ids, and mistakes."""
 
+import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from qpipe.cli import main
 from qpipe.errors import QpipeError
 from qpipe.study import parse_study
 from qpipe.workflow import Workflow
@@ -69,6 +71,20 @@ def test_only_the_precision_law_fits_rounded_models_and_only_when_asked():
     assert found["compression"].law.ptq is None
     assert "no post-training term" in problems(SECTION, laws=[{"law": "gamma", "ptq": "cvxq"}])
     assert "not among the methods" in problems(SECTION, laws=[{"law": "precision", "ptq": "gptq"}])
+
+
+def test_plan_and_status_count_quantizations(tmp_path, capsys):
+    study = tmp_path / "study.yaml"
+    study.write_text(yaml.safe_dump({**STUDY, "ptq": SECTION}))
+    done, begun = list(workflow().ptq)[:2]
+    (tmp_path / "results/ptq" / done).mkdir(parents=True)
+    (tmp_path / "results/ptq" / done / "ptq.json").write_text("{}")
+    (tmp_path / "results/ptq" / begun / "scratch").mkdir(parents=True)
+    for verb in ("plan", "status"):
+        assert main([verb, str(study), "--results", str(tmp_path / "results")]) == 0
+        assert "24 quantizations after training (1 done, 1 begun, 22 missing)" in capsys.readouterr().out
+    assert main(["status", str(study), "--results", str(tmp_path / "results"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["ptq"] == {"done": 1, "begun": 1, "missing": 22}
 
 
 def test_every_mistake_is_named_at_once():

@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """List the runs, or write them with --write."""
+    from qpipe.ptq_config import ptq_jobs, ptq_states, ptq_summary
     from qpipe.study import load_study, plan, read_study
 
     stdin = args.study == "-"
@@ -37,7 +38,12 @@ def run(args: argparse.Namespace) -> int:
         return 0
     folder = args.results or Path("results") / study.name
     rows = [_row(one, folder / "runs" / one.id, args.tflops) for one in runs]
-    print(json.dumps(rows, indent=1) if args.json else _table(rows, args.tflops))
+    if args.json:
+        print(json.dumps(rows, indent=1))
+        return 0
+    print(_table(rows, args.tflops))
+    if words := ptq_summary(ptq_states(ptq_jobs(study.ptq, runs), folder)):
+        print(words)
     return 0
 
 

@@ -26,17 +26,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the status."""
+    from qpipe.ptq_config import ptq_jobs, ptq_states, ptq_summary
     from qpipe.status import STAGES, queued_jobs, study_status
     from qpipe.study import load_study, plan
 
     study = load_study(args.study)
-    status = study_status(plan(study), args.results or Path("results") / study.name, args.logs, queued_jobs())
+    runs, results = plan(study), args.results or Path("results") / study.name
+    status = study_status(runs, results, args.logs, queued_jobs())
+    quantized = ptq_states(ptq_jobs(study.ptq, runs), results)
     counts = {stage: status.count(stage) for stage in STAGES}
     if args.json:
         rows = [vars(one) for one in status.runs]
-        print(json.dumps({"study": study.name, **counts, "seconds_left": status.seconds_left, "runs": rows}, indent=1))
+        found = {"study": study.name, "seconds_left": status.seconds_left, "ptq": quantized, "runs": rows}
+        print(json.dumps(found | dict(counts), indent=1))
     else:
         print(_table(study.name, status, {stage: count for stage, count in counts.items() if count}))
+        if words := ptq_summary(quantized):
+            print(words)
     return 0
 
 
