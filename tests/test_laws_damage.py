@@ -120,7 +120,7 @@ def test_rounding_stands_beside_training_at_equal_bits():
     effs = {"dense": (1.0, 16.0), "w3": (0.8, 3.02), "w4": (0.95, 4.02)}
     table = pd.concat([trained(effs), rounded()], ignore_index=True)
     law = fit(table[table["ptq_method"].isna()], "compression", bootstrap=0)
-    found = compare(fit_damages(table, bootstrap=50), law, table)
+    found = compare(fit_damages(table, bootstrap=50)[0], law, table)
     assert set(found["representation"]) == {"w3", "w4"}
     assert len(found) == 4  # smallest and largest size
     for row in found.to_dict("records"):
@@ -139,7 +139,14 @@ def test_representations_that_quantize_activations_are_not_compared():
     table.loc[table["representation"] == "w4a4", "a_bits"] = 4.0
     law = fit(table, "compression", bootstrap=0)
     both = pd.concat([table, rounded()], ignore_index=True)
-    assert set(compare(fit_damages(both, bootstrap=0), law, both)["representation"]) == {"w4"}
+    assert set(compare(fit_damages(both, bootstrap=0)[0], law, both)["representation"]) == {"w4"}
+
+
+def test_a_method_that_cannot_be_fitted_is_named_beside_the_others():
+    few = rounded().query("ptq_bits == 3").assign(ptq_method="rtn")
+    found, unfitted = fit_damages(pd.concat([rounded(), few]), bootstrap=0)
+    assert [damage.method for damage in found] == ["cvxq"]
+    assert "at 1 rates" in unfitted["rtn"]
 
 
 def test_tables_without_rounded_models_are_refused():

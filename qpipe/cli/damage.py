@@ -37,10 +37,14 @@ def run(args: argparse.Namespace) -> int:
     table = read_losses(args.losses)
     content = write_damage(table, fit, args.out, bootstrap=args.bootstrap, level=args.level, seed=args.seed)
     if args.json:
-        print(json.dumps({name: content[name] for name in ("damages", "comparison", "statements")}, indent=1))
+        print(
+            json.dumps({name: content[name] for name in ("damages", "unfitted", "comparison", "statements")}, indent=1)
+        )
         return 0
     for entry in content["damages"]:
         values = ", ".join(f"{name} {value:.4g}" for name, value in entry["parameters"].items())
         print(f"{entry['method']}: {values} ({entry['rows']} models of {entry['dense_runs']} dense runs)")
+    for method, reason in content["unfitted"].items():
+        print(f"{method}: not fitted: {reason}")
     print("\n".join(content["statements"]))
     return 0

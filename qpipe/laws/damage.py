@@ -100,17 +100,15 @@ def rounded_rows(table: pd.DataFrame) -> pd.DataFrame:
     return rows
 
 
-def fit_damages(table: pd.DataFrame, *, bootstrap: int = 1000, level: float = 0.9, seed: int = 0) -> list[Damage]:
-    """Fit every method of a loss table (errors: no such rows, too few of them; of all methods at once)."""
-    found, problems = [], []
+def fit_damages(table: pd.DataFrame, *, bootstrap: int = 1000, seed: int = 0) -> tuple[list[Damage], dict[str, str]]:
+    """Return the fits of every method of a loss table, and by method why others have none (errors: no such rows)."""
+    found, unfitted = [], {}
     for method, rows in rounded_rows(table).groupby("ptq_method", sort=True):
         try:
             found.append(fit_damage(str(method), rows, bootstrap=bootstrap, seed=seed))
         except QpipeError as error:
-            problems += error.problems
-    if problems:
-        raise QpipeError(problems)
-    return found
+            unfitted[str(method)] = str(error)
+    return found, unfitted
 
 
 def fit_damage(method: str, rows: pd.DataFrame, *, bootstrap: int = 1000, seed: int = 0) -> Damage:
@@ -136,7 +134,7 @@ def fit_damage(method: str, rows: pd.DataFrame, *, bootstrap: int = 1000, seed: 
     free = _identified(terms)
     if len(kept) <= len(free) or 3 not in free:
         raise QpipeError(
-            f"{method}: {len(kept)} rounded models with a damage above 0 at {kept['ptq_bits'].nunique()} rates cannot "
+            f"{len(kept)} rounded models with a damage above 0 at {kept['ptq_bits'].nunique()} rates cannot "
             f"tell {len(free)} parameters; round more dense runs, or to more rates"
         )
     solution = _solve(terms, log_damage, free)

@@ -37,6 +37,7 @@ def write_damage(
 ) -> dict[str, Any]:
     """Fit damage, set it beside a fit's multipliers, write everything into a folder; return what damage.json holds.
 
+    A method whose damage cannot be fitted is named with the reason.
     damage.json is written last: where it stands, comparison.csv and the figures of the same rows stand beside it.
 
     Parameters
@@ -48,15 +49,16 @@ def write_damage(
     bootstrap, level, seed
         Resamples of dense runs, level of intervals, seed.
     """
-    damages = fit_damages(table, bootstrap=bootstrap, level=level, seed=seed)
+    damages, unfitted = fit_damages(table, bootstrap=bootstrap, seed=seed)
     comparison = pd.DataFrame() if fit is None else compare(damages, fit, table, level)
-    charts = [damage_chart(damages, rounded_rows(table))]
+    charts = [damage_chart(damages, rounded_rows(table))] if damages else []
     if fit is not None and not comparison.empty:
         charts.append(worth_chart(damages, fit, comparison))
     for chart in charts:
         save(chart, folder)
     write_text(folder / "comparison.csv", comparison.to_csv(index=False) if len(comparison) else "")
     content = {
+        "unfitted": unfitted,
         "damages": [damage.to_json(level) for damage in damages],
         "comparison": json.loads(comparison.to_json(orient="records", double_precision=15)),
         "statements": statements(comparison),
@@ -69,7 +71,9 @@ def write_damage(
 def read_damage(folder: Path) -> dict[str, Any]:
     """Read damage.json (errors: missing, not ours)."""
     content = read_json(folder / RESULT)
-    if not isinstance(content, dict) or not {"damages", "comparison", "statements", "figures"} <= set(content):
+    if not isinstance(content, dict) or not {"damages", "unfitted", "comparison", "statements", "figures"} <= set(
+        content
+    ):
         raise QpipeError(f"{folder / RESULT}: not written by qpipe damage")
     return content
 

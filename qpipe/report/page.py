@@ -238,7 +238,10 @@ def _fit_section(
 def _damage_section(folder: Path, figures: _Figures) -> Json:
     content = read_damage(folder)
     return {
-        "statements": content["statements"],
+        "statements": [
+            *(f"{method}: not fitted: {reason}" for method, reason in content["unfitted"].items()),
+            *content["statements"],
+        ],
         "terms": damage_table(content),
         "comparison": comparison_table(content),
         "figures": [
