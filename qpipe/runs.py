@@ -11,6 +11,8 @@ starts from a model trained elsewhere, identified by its weights; what that one 
 counts the run's own tokens alone.
 """
 
+import itertools
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -180,6 +182,25 @@ class Run(Growing):
     def write(self, path: Path) -> None:
         """Write `run.yaml`."""
         write_text(path, dump_yaml({"id": self.id, **self.model_dump(mode="json")}))
+
+
+def starts_from(runs: Mapping[str, Run]) -> dict[str, str]:
+    """Return the run that has to be finished before a run can start, by id: its parent, or the next shorter trunk.
+
+    Parameters
+    ----------
+    runs
+        Runs by id, with all parents.
+    """
+    found = {run.id: run.parent.run.id for run in runs.values() if run.parent is not None}
+    trunks: dict[str, list[Run]] = {}
+    for run in runs.values():
+        if run.keeps_state and run.parent is None:
+            trunks.setdefault(str(run.trajectory), []).append(run)
+    for along in trunks.values():
+        ordered = sorted(along, key=lambda run: run.steps)
+        found |= {later.id: earlier.id for earlier, later in itertools.pairwise(ordered)}
+    return found
 
 
 def mean_bits(representation: Representation, shape: ModelShape) -> tuple[float, float]:

@@ -5,7 +5,6 @@ The Snakefile is parsed again in every cluster job, so this module and all it im
 
 import ast
 import hashlib
-import itertools
 import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from qpipe.formats import Representation
 from qpipe.identity import canonical_json, digest
 from qpipe.ptq_config import PtqJob, ptq_jobs
 from qpipe.resources import Site
-from qpipe.runs import Run
+from qpipe.runs import Run, starts_from
 from qpipe.study import Law, Study, load_study, plan, study_corpus
 
 LAWS_WITH_MULTIPLIERS = {"compression", "capacity", "sparsity", "precision", "gamma"}
@@ -92,15 +91,7 @@ class Workflow:
     @cached_property
     def starts_from(self) -> dict[str, str]:
         """Run that has to be finished before a run can start, by run id: its parent, or the next shorter trunk."""
-        found = {run.id: run.parent.run.id for run in self.runs.values() if run.parent is not None}
-        trunks: dict[str, list[Run]] = {}
-        for run in self.runs.values():
-            if run.keeps_state and run.parent is None:
-                trunks.setdefault(str(run.trajectory), []).append(run)
-        for runs in trunks.values():
-            ordered = sorted(runs, key=lambda run: run.steps)
-            found |= {later.id: earlier.id for earlier, later in itertools.pairwise(ordered)}
-        return found
+        return starts_from(self.runs)
 
     @cached_property
     def laws(self) -> dict[str, LawJob]:
