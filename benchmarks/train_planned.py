@@ -4,9 +4,9 @@
     python benchmarks/train_planned.py plan/ TOKENS --at-once 8
 
 PLAN is the folder that `qpipe plan --write` made, TOKENS a token store of the same corpus. Results are written beside
-each run.yaml. Runs that are finished are left alone, killed ones resume, so the command can be repeated until all is done;
-with --minutes no run is started after that time. A run that fails is reported at the end and blocks its children alone.
-QPIPE_WARM=1 keeps as many processes as run at once and spares each run its start.
+each run.yaml. Runs that are finished are left alone, killed ones resume, so the command can be repeated until all is
+done; with --minutes no run is started after that time. A run that fails is reported at the end and blocks its children
+alone. QPIPE_WARM=1 keeps as many processes as run at once and spares each run its start.
 """
 
 import argparse
