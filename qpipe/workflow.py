@@ -6,6 +6,7 @@ The Snakefile is parsed again in every cluster job, so this module and all it im
 import ast
 import hashlib
 import shlex
+import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qpipe.errors import QpipeError
+from qpipe.files import write_text
 from qpipe.formats import Representation
 from qpipe.identity import canonical_json, digest
 from qpipe.ptq_config import PtqJob, ptq_jobs
@@ -140,6 +142,33 @@ class Workflow:
 def training_site(workflow: Any) -> Site:
     """Return what the profile says about the machine that trains, under `set-resources: train:`."""
     return Site.from_profile(workflow.resource_settings.overwrite_resources.get("train", {}))
+
+
+def keep_memory(results: Path, snakemake: Path, *, main: bool) -> str:
+    """Return a file that is newer than a study's results if Snakemake has lost its memory of how they were made.
+
+    Parameters of a step (options of a fit, digest of its code) are remembered in Snakemake's own folder alone; without
+    it, results of other parameters look fresh. Both sides therefore hold the same random word. Where the words differ,
+    the file is written anew, and the cheap steps that have it as input run again. Training is named by what it depends
+    on and needs no memory.
+
+    Parameters
+    ----------
+    results
+        The study's folder of results.
+    snakemake
+        Snakemake's own folder, `.snakemake` in the working folder.
+    main
+        Whether this is the main process; jobs, which read the Snakefile again, change nothing.
+    """
+    here, there = snakemake / "qpipe-memory", results / "memory"
+    if main:
+        word = here.read_text(encoding="utf-8") if here.exists() else uuid.uuid4().hex
+        if not here.exists():
+            write_text(here, word)
+        if not there.exists() or there.read_text(encoding="utf-8") != word:
+            write_text(there, word)
+    return str(there)
 
 
 def source_digest(*parts: str) -> str:

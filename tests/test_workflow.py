@@ -150,6 +150,19 @@ def test_new_clone_without_snakemakes_memory_trains_nothing(finished, tmp_path):
     assert "tokenize" not in planned(folder)
 
 
+def test_lost_memory_makes_no_stale_result_look_fresh(copied):
+    """Snakemake alone knows with which options the fit was made; without its folder the old fit must not stay."""
+    changed = STUDY.replace("bootstrap: 20", "bootstrap: 30")
+    assert changed != STUDY
+    shutil.rmtree(copied / ".snakemake")
+    for _ in range(2):  # a dry run forgets nothing
+        jobs = planned(copied, changed)
+        assert {"fit", "multipliers", "report"} <= set(jobs)
+        assert "train" not in jobs
+    snakemake(copied, "--until", "collect", study=changed)
+    assert {"fit", "multipliers", "report"} <= set(planned(copied, changed))  # interrupted before it got there
+
+
 def test_deleted_record_trains_one_run(copied):
     next((copied / "results/smoke/runs").glob("*/record.json")).unlink()
     assert planned(copied)["train"] == 1

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from qpipe import slurm
-from qpipe.workflow import Workflow, source_digest, training_site
+from qpipe.workflow import Workflow, keep_memory, source_digest, training_site
 
 slurm.shield()
 
@@ -16,6 +16,7 @@ STUDY_FILE = str(workflow.configfiles[0])
 SITE = training_site(workflow)
 RESULTS = f"results/{STUDY.name}"
 TOKENS = f"results/tokens/{STUDY.corpus}/manifest.json"
+MEMORY = keep_memory(Path(RESULTS), Path(".snakemake"), main=workflow.is_main_process)
 RUNS = STUDY.runs
 LAWS = list(STUDY.laws)
 FORMATS = STUDY.formats

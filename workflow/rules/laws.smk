@@ -9,11 +9,14 @@ OUTPUTS
     results/<study>/tables/<law>/               multiplier table as parquet, csv, md, tex
 
 Each step takes the digest of the code it runs, and the list of what it reads, as parameters: a change of the fit refits
-and retrains nothing, a representation that leaves the study leaves the fit.
+and retrains nothing, a representation that leaves the study leaves the fit. Where Snakemake has lost its memory of
+parameters, the first steps here run again, and with them all that follow.
 """
 
 
 rule capacity:
+    input:
+        MEMORY,
     output:
         f"{RESULTS}/capacity/{{format}}.json",
     log:
@@ -33,6 +36,7 @@ rule collect:
     input:
         records=records_of_format,
         capacity=f"{RESULTS}/capacity/{{format}}.json",
+        memory=MEMORY,
     output:
         f"{RESULTS}/losses/{{format}}.parquet",
     log:

@@ -15,6 +15,8 @@ is unfinished itself; a trunk waits for the next shorter one, which it goes on f
 
 
 rule plan:
+    input:
+        MEMORY,
     output:
         study=f"{RESULTS}/study.yaml",
         plan=f"{RESULTS}/plan.json",
