@@ -105,6 +105,15 @@ def test_quest_says_that_the_irreducible_loss_is_not_identified() -> None:
         assert result.multipliers[name]["eff"] == pytest.approx(value, abs=6e-4)
 
 
+def test_interval_of_a_parameter_at_its_bound_is_its_profile() -> None:
+    """All draws of QuEST's E are 0; an interval of no width would call it exactly known."""
+    result = fit(quest(), "compression", bootstrap=40)
+    low, high = result.parameter_intervals["E"]
+    assert low == 0.0
+    assert high == result.checks["profiles"]["E"]["high"] > 0.01
+    assert "profile of E" in result.interval["method"]
+
+
 def test_pinning_the_irreducible_loss_moves_quest_as_reported() -> None:
     result = fit(quest(), "compression", objective="log-l2", fix={"E": 1.69}, bootstrap=0)
     assert result.multipliers["w4a4-quest"]["eff"] == pytest.approx(0.629, abs=1e-3)

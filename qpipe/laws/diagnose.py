@@ -14,6 +14,8 @@ SAME = 1e-6
 """Relative difference of objectives below which two searches count as having found the same optimum."""
 EXACT = 1e-20
 """Objective per run below which a fit is exact to rounding, and its digits are noise."""
+GRADED = ("alpha", "beta", "E")
+"""Parameters of every law that are always profiled and graded."""
 RAY_CORRELATION = 0.995
 """Correlation of log N with log D above which the runs lie on one ray of tokens per parameter."""
 
@@ -59,7 +61,7 @@ def status(fitted: "Fitted", profiles: dict[str, Any]) -> dict[str, Any]:
     bounds = at_bound(fitted)
     condition = condition_number(fitted)
     ray = _one_ray(fitted)
-    grades = {name: entry["grade"] for name, entry in profiles.items() if name in ("alpha", "beta", "E")}
+    grades = {name: entry["grade"] for name, entry in profiles.items() if not name.startswith("eff")}
     weak = [name for name, grade in grades.items() if grade != "identified" and name not in bounds]
     converged = bool(polished.converged[winner]) and agreeing >= 2
     problems = _messages(converged, agreeing, polished.value.size, bounds, condition, ray, weak)

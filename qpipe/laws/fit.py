@@ -17,11 +17,14 @@ from qpipe.laws.bootstrap import resample
 from qpipe.laws.catalogue import get_law
 from qpipe.laws.parameters import Array, Prior
 from qpipe.laws.prepare import select_rows
-from qpipe.laws.profile import profile
+from qpipe.laws.profile import covariance, profile
 from qpipe.laws.result import Fit
 from qpipe.laws.search import Fitted, Options, fit_point
 from qpipe.laws.solve import ObjectiveName
 from qpipe.laws.threads import single_blas_thread
+
+OWN_PROFILES = 3
+"""Most parameters of a law's own that are profiled without being asked for."""
 
 
 def fit(
@@ -59,7 +62,7 @@ def fit(
     priors
         Gaussian beliefs about parameters.
     profiles
-        Parameters or multipliers (`eff[w4]`) to profile, beside alpha, beta and E.
+        Parameters or multipliers (`eff[w4]`) to profile, beside alpha, beta, E and the law's weakest own.
     compare
         Laws whose held-out errors are put beside this law's; `dense` is the law with every eff at 1, `all` every law
         that the table's columns allow.
@@ -73,11 +76,22 @@ def fit(
     with single_blas_thread():
         rows = select_rows(table, get_law(law), exclude)
         fitted = fit_point(rows, get_law(law), options)
-        named = [p.name for p in fitted.model.parameters if p.fixed is None and p.name in ("alpha", "beta", "E")]
-        found = {name: profile(fitted, name, level) for name in dict.fromkeys([*named, *profiles])}
+        found = {name: profile(fitted, name, level) for name in dict.fromkeys([*_weak(fitted), *profiles])}
         result = _result(fitted, resample(fitted), found)
         result.checks = _checks(fitted, found, _compared(rows.table, law, compare))
         return result
+
+
+def _weak(fitted: Fitted) -> list[str]:
+    """Return the parameters that are always profiled: alpha, beta, E, and the law's own with the largest errors.
+
+    Coefficients are left out (they follow their exponents), and so are multipliers, whose intervals stand in the table.
+    """
+    shared = [p for p in fitted.model.parameters[: fitted.model.shared] if p.fixed is None]
+    errors = np.sqrt(np.diag(covariance(fitted)))
+    own = [p.name for p in shared if not p.shifts and p.name not in diagnose.GRADED and p.family != "eff_D"]
+    own.sort(key=lambda name: -float(errors[fitted.model.index[name]]))
+    return [p.name for p in shared if p.name in diagnose.GRADED] + own[:OWN_PROFILES]
 
 
 def _compared(table: pd.DataFrame, law: str, compare: Sequence[str]) -> list[str]:
@@ -103,7 +117,11 @@ def _result(fitted: Fitted, draws: Array | None, profiles: dict[str, Any]) -> Fi
     names = model.names
     vector = dict(zip(names, fitted.natural(fitted.theta).tolist(), strict=True))
     natural_draws = None if draws is None else fitted.natural(draws)
+    status = diagnose.status(fitted, profiles)
     intervals = _intervals(names, natural_draws, options.level)
+    # a bootstrap piles up at a bound and would call the parameter exactly known; its profile does not
+    profiled = [name for name in status["at_bound"] if name in profiles and name in intervals]
+    intervals |= {name: [profiles[name]["low"], profiles[name]["high"]] for name in profiled}
     fitted_loss = model.predict(fitted.theta[None])[0]
     log_residual = np.log(fitted_loss / fitted.problem.loss)
     table = fitted.rows.table
@@ -117,7 +135,7 @@ def _result(fitted: Fitted, draws: Array | None, profiles: dict[str, Any]) -> Fi
         multipliers=_multipliers(fitted, draws),
         interval={
             "level": options.level,
-            "method": _method(fitted) if draws is not None else "none",
+            "method": _method(fitted, profiled) if draws is not None else "none",
             "resamples": options.bootstrap,
             "seed": options.seed,
         },
@@ -127,7 +145,7 @@ def _result(fitted: Fitted, draws: Array | None, profiles: dict[str, Any]) -> Fi
             "value": fitted.value,
         },
         rms_log_residual=float(np.sqrt(np.mean(log_residual**2))),
-        status=diagnose.status(fitted, profiles),
+        status=status,
         n_rows=len(table),
         excluded=fitted.rows.excluded,
         held={p.name: p.fixed for p in model.parameters if p.fixed is not None},
@@ -145,11 +163,11 @@ def _result(fitted: Fitted, draws: Array | None, profiles: dict[str, Any]) -> Fi
     )
 
 
-def _method(fitted: Fitted) -> str:
-    table = fitted.rows.table
-    unit = "trajectory" if "trajectory" in table and (table["trajectory"] != "").any() else "run"
+def _method(fitted: Fitted, profiled: list[str]) -> str:
+    unit = "trajectory" if "trajectory" in fitted.rows.table else "run"
     kind = "Bayesian bootstrap" if np.isfinite(fitted.problem.objective.threshold) else "case bootstrap"
-    return f"{kind} by {unit}, stratified by representation, percentile"
+    bounded = f"; profile of {', '.join(profiled)}, at a bound" if profiled else ""
+    return f"{kind} by {unit}, stratified by representation, percentile{bounded}"
 
 
 def _named(vector: dict[str, float]) -> dict[str, float]:
