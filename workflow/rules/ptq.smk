@@ -44,6 +44,7 @@ rule ptq:
 rule collect_ptq:
     input:
         results=results_of_method,
+        memory=MEMORY,
     output:
         f"{RESULTS}/losses/ptq/{{method}}.parquet",
     log:
