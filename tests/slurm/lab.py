@@ -18,7 +18,9 @@ import os
 import shutil
 import signal
 import socket
+import stat
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -143,7 +145,7 @@ class Lab:
             for gpu in range(first, last + 1):
                 device = self.folder / "dev" / f"gpu{gpu}"
                 if not device.exists():
-                    os.mknod(device, 0o666 | 0o020000, os.makedev(1, 3))
+                    os.mknod(device, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
             settings.append(
                 f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={17001 + number} CPUs={self.cpus} "
                 f"Boards=1 SocketsPerBoard=1 CoresPerSocket={self.cpus} ThreadsPerCore=1 RealMemory={self.memory} "
@@ -179,6 +181,11 @@ def missing() -> str:
     conf = ETC / "slurm.conf"
     if conf.exists() and not conf.is_symlink():
         return f"{conf} exists: this machine belongs to a cluster"
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            os.mknod(f"{folder}/gpu", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+    except OSError as error:
+        return f"simulated GPUs need device nodes, which cannot be made here ({error.strerror})"
     return ""
 
 
