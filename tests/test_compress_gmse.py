@@ -197,3 +197,16 @@ def test_command_draws_effective_bits_and_says_when_it_cannot(tmp_path: Path, ca
     assert "rho is a prior" in capsys.readouterr().out
     assert main(["capacity", *names, "--figure", str(tmp_path / "bits.xyz")]) == 2
     assert "svg" in capsys.readouterr().err
+
+
+def test_capacity_of_a_study_knows_its_own_formats(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    smoke = Path(__file__).parent / "studies" / "smoke.yaml"
+    own = "{name: w3g64, weights: {grid: int3-narrow, group: 64, scale: absmax, scale_format: float16}}"
+    study = smoke.read_text(encoding="utf-8").replace("[dense, w4]", f"[dense, {own}]")
+    (tmp_path / "study.yaml").write_text(study, encoding="utf-8")
+    assert main(["capacity", "--study", str(tmp_path / "study.yaml"), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["representation"] for row in rows] == ["dense", "w3g64"]
+    assert rows[1]["bits_per_weight"] == pytest.approx(3 + 16 / 64)
+    assert main(["capacity", "w3g64", "--study", str(tmp_path / "study.yaml"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == rows[1:]

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from training_cases import make_store, markov_tokens, small_run, small_shape
 
 from qpipe.cli import export
@@ -97,6 +98,44 @@ def test_a_weight_only_run_opens_in_transformers(tmp_path: Path):
     record.run = small_run("w4a4")
     with pytest.raises(QpipeError, match="compresses activations"):
         export.write_llama(model, record, tmp_path / "other")
+
+
+@pytest.mark.parametrize("name", ["w4-absmax", "w4-group32", "w3-mse", "w8-lsq", "w8e4m3-absmax"])
+def test_a_quantized_folder_opens_in_transformers(name: str, tmp_path: Path):
+    pytest.importorskip("compressed_tensors")
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    run = small_run(name, steps=1)
+    model = Decoder(run.shape, run.format_spec)
+    model.initialize(0)
+    tokens = torch.randint(64, (2, 16))
+    expected = model(tokens)
+    folder = export.write_quantized(model, SimpleNamespace(run=run, id="x"), tmp_path / "llama")
+    stored = load_file(folder / "model.safetensors")[
+        "model.layers.0.mlp.down_proj.weight" + "_packed" * ("e4m3" not in name)
+    ]
+    assert stored.element_size() * stored.numel() <= 32 * 64  # a byte per weight at most
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(tokens).logits
+    torch.testing.assert_close(theirs, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("w4", "rotated"),
+        ("2:4", "no grid"),
+        ("s50+w4-absmax", "sparse"),
+        ("w4a4-absmax", "activations"),
+        ("mxfp4", "e2m1"),
+    ],
+)
+def test_what_the_quantized_folder_cannot_hold_is_refused(name: str, reason: str, tmp_path: Path):
+    run = small_run(name, steps=1)
+    model = Decoder(run.shape, run.format_spec)
+    with pytest.raises(QpipeError, match=reason):
+        export.write_quantized(model, SimpleNamespace(run=run, id="x"), tmp_path / "llama")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -6,13 +6,17 @@ rho, the predicted multiplier. Numbers after +- are Monte Carlo standard errors.
 
 example:
   qpipe capacity w4 w4a4-quest 2:4 s50+w4
+  qpipe capacity --study config/demo.yaml
 """
 
 import argparse
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qpipe.errors import QpipeError
+
+if TYPE_CHECKING:
+    from qpipe.formats import Representation
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="REPRESENTATION",
         help="names, e.g. w4a4-quest mxfp4 2:4, or compositions as JSON",
     )
+    parser.add_argument("--study", metavar="STUDY.yaml", help="look names up in a study; alone: all of its own")
     parser.add_argument("--all", action="store_true", help="the whole catalogue, sorted by effective bits")
     parser.add_argument("--width", type=int, default=4096, help="matrix width for scale overhead and rows (4096)")
     parser.add_argument("--samples", type=int, default=2**20, help="numbers drawn where the error is sampled (1048576)")
@@ -34,15 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print one line per representation."""
     from qpipe.compress import capacity
-    from qpipe.formats import catalogue_names, resolve
-    from qpipe.yaml_files import parse_yaml
 
-    if bool(args.representations) == args.all:
-        raise QpipeError("name representations, or give --all for the whole catalogue")
+    if bool(args.representations or args.study) == args.all:
+        raise QpipeError("name representations or a study, or give --all for the whole catalogue")
     if args.width < 1 or args.samples < 1:
         raise QpipeError(f"--width {args.width} and --samples {args.samples} must be positive")
-    names = catalogue_names() if args.all else args.representations
-    chosen = [resolve(parse_yaml(name, "the composition given") if name.startswith("{") else name) for name in names]
+    chosen = _chosen(args)
     rows = [capacity(item, width=args.width, samples=args.samples, seed=args.seed) for item in chosen]
     if args.all:
         rows.sort(key=lambda row: -1.0 if row["effective_bits"] is None else row["effective_bits"])
@@ -50,6 +52,24 @@ def run(args: argparse.Namespace) -> int:
         draw(rows, args.figure)
     print(json.dumps(rows, indent=2) if args.json else table(rows) + "\n\n" + basis(rows))
     return 0
+
+
+def _chosen(args: argparse.Namespace) -> "list[Representation]":
+    """Return the representations asked for, by name, as JSON or from a study."""
+    from pathlib import Path
+
+    from qpipe.formats import catalogue_names, resolve
+    from qpipe.study import load_study
+    from qpipe.yaml_files import parse_yaml
+
+    if args.all:
+        return [resolve(name) for name in catalogue_names()]
+    own = load_study(Path(args.study)).resolved_representations() if args.study else {}
+    chosen = []
+    for name in args.representations or own:
+        inline = parse_yaml(name, "the composition given") if name.startswith("{") else name
+        chosen.append(own[name] if name in own else resolve(inline))
+    return chosen
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -2,14 +2,18 @@
 
 Embedding, head and norms are stored as trained. The file is read back at once and its weights compared with the run's;
 with --tokens the validation loss is computed again from the packed file and compared with the record. --transformers
-also writes the dequantized model as a Llama folder for `transformers`, where only weights are compressed.
+also writes the dequantized model as a Llama folder for `transformers`, where only weights are compressed;
+--compressed-tensors one that stays quantized, where that format knows the grid (integers with a zero, e4m3).
 
 example:
   qpipe export results/demo/runs/100k-d20x-w4-s0-1f3a9c2e/ packed.safetensors --tokens results/demo/tokens/
 """
 
 import argparse
+import contextlib
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=Path, help="token store, to compute the validation loss from the packed file")
     parser.add_argument(
         "--transformers", type=Path, metavar="FOLDER", help="also write a dequantized Llama folder here"
+    )
+    parser.add_argument(
+        "--compressed-tensors", type=Path, metavar="FOLDER", help="also write a quantized Llama folder here"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -45,6 +52,8 @@ def run(args: argparse.Namespace) -> int:
     }
     if args.transformers is not None:
         result["transformers"] = str(write_llama(packed_decoder(args.file, record), record, args.transformers))
+    if args.compressed_tensors is not None:
+        result["compressed_tensors"] = str(write_quantized(model, record, args.compressed_tensors))
     if args.tokens is not None:
         result |= _losses(packed_decoder(args.file, record), record, args.tokens)
     print(json.dumps(result, indent=1) if args.json else _text(result))
@@ -67,19 +76,46 @@ def packed_decoder(file: Path, record: "Record") -> "Decoder":
 def write_llama(model: "Decoder", record: "Record", folder: Path) -> Path:
     """Write a weight-only model, dequantized, as a folder that `transformers` opens; refuses to replace one."""
     from qpipe.errors import QpipeError
-    from qpipe.ptq.export import to_llama
 
     if record.run.format_spec.activations is not None:
         raise QpipeError(
             f"run {record.id} compresses activations ({record.run.format_spec.name}), which a Llama folder cannot say; "
             "export a weight-only run, or leave out --transformers"
         )
-    if folder.exists():
-        raise QpipeError(f"{folder} exists already; give --transformers a new folder")
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    to_llama(model).save_pretrained(temporary)
-    temporary.rename(folder)
+    with _new_folder(folder) as temporary:
+        _save_llama(model, temporary)
     return folder
+
+
+def write_quantized(model: "Decoder", record: "Record", folder: Path) -> Path:
+    """Write a trained model, quantized, as a folder that `transformers` opens with `compressed-tensors`."""
+    from qpipe.huggingface import dequantized
+    from qpipe.quantized_llama import check, write_quantized_llama
+
+    check(record.run.format_spec)
+    with _new_folder(folder) as temporary:
+        _save_llama(dequantized(model), temporary)
+        write_quantized_llama(model, record.run.format_spec, temporary)
+    return folder
+
+
+@contextlib.contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """Give a temporary folder that takes its place when it is complete; refuses to replace one."""
+    from qpipe.errors import QpipeError
+
+    if folder.exists():
+        raise QpipeError(f"{folder} exists already; give a new folder")
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    yield temporary
+    temporary.rename(folder)
+
+
+def _save_llama(model: "Decoder", folder: Path) -> None:
+    from qpipe.ptq.export import to_llama
+
+    to_llama(model).save_pretrained(folder, max_shard_size="100GB")
 
 
 def _losses(model: "Decoder", record: "Record", tokens: Path) -> dict[str, Any]:
