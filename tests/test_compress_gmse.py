@@ -201,7 +201,7 @@ def test_command_draws_effective_bits_and_says_when_it_cannot(tmp_path: Path, ca
 
 def test_capacity_of_a_study_knows_its_own_formats(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     smoke = Path(__file__).parent / "studies" / "smoke.yaml"
-    own = "{name: w3g64, weights: {grid: int3-narrow, group: 64, scale: absmax, scale_format: float16}}"
+    own = "{name: w3g64, weights: {grid: int3-narrow, group: 64, scale: absmax, scale_format: float16, gradient: ste}}"
     study = smoke.read_text(encoding="utf-8").replace("[dense, w4]", f"[dense, {own}]")
     (tmp_path / "study.yaml").write_text(study, encoding="utf-8")
     assert main(["capacity", "--study", str(tmp_path / "study.yaml"), "--json"]) == 0
