@@ -22,6 +22,7 @@ VERBS: dict[str, str] = {
     "finetune": "finetune a Hugging Face Llama-type model under a representation",
     "ptq": "quantize a dense checkpoint after training to any average bits per weight",
     "evaluate": "reload a trained run and reproduce its validation loss",
+    "quality": "perplexity on any text, and zero-shot tasks of the lm-evaluation-harness",
     "export": "pack a trained run to its stated bits and reload it",
     "collect": "records -> loss table",
     "fit": "fit a scaling law to a loss table, ours or anyone's",
