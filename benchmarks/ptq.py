@@ -214,6 +214,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--sizes", nargs="+", choices=list(SHAPES), default=["100M"])
     parser.add_argument("--sequences", type=int, help="calibration sequences per round in `speed`")
+    parser.add_argument("--iterations", type=int, default=200, help="AutoRound's iterations in `peers`")
     parser.add_argument("--validation-tokens", type=int)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="some of the compared methods and allocators")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
