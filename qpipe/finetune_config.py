@@ -62,6 +62,9 @@ class Finetune(BaseModel):
     low_bit_learning_rate_factor: float = Field(
         default=1.0, gt=0, description="factor on `learning_rate` at 2 bits and below; ParetoQ's is 2"
     )
+    parameters: Literal["fp32", "bf16"] = Field(
+        default="fp32", description="master weights of the finetuning where finished; ParetoQ's code has bf16"
+    )
     decay_fraction: float = Field(default=0.2, gt=0, le=1, description="branch, fused: share of the steps that decay")
     warmup_tokens_per_parameter: float = Field(
         default=1.0, ge=0, description="branch, fused: warm-up of the trunk, in tokens per nominal parameter"
@@ -72,14 +75,18 @@ class Finetune(BaseModel):
         """What stands for the section in labels."""
         return self.label or self.mode
 
-    def problems(self, default_method: str, known_sizes: set[str]) -> Iterator[str]:
+    def problems(self, default_method: str, known_sizes: set[str], precision: str) -> Iterator[str]:
         """Yield what types cannot say."""
+        if self.parameters == "bf16" and precision != "bf16":
+            yield f"parameters in bf16 need `ladder: {{precision: bf16}}`, found {precision}"
         if (self.splits is None) == (self.qat_tokens is None):
             yield "give either splits (e.g. [0, 0.5, 0.9, 1]) or qat_tokens"
         if self.qat_tokens is not None and self.mode == "fused":
             yield "qat_tokens lengthen a finished schedule; mode fused draws one over a total budget: give splits"
         if self.mode == "fused" and self.decay_fraction == 1:
             yield "a schedule that decays from its first step has no trunk to branch off: decay_fraction below 1"
+        if self.parameters == "bf16" and self.mode != "finished":
+            yield "parameters in bf16 belong to ParetoQ's recipe: use mode finished"
         if self.low_bit_learning_rate_factor != 1 and self.learning_rate is None:
             yield "low_bit_learning_rate_factor needs learning_rate"
         if unknown := sorted(set(self.sizes or []) - known_sizes):
@@ -198,6 +205,7 @@ def _finished(section: Finetune, ground: Ground, dense_steps: int, steps: int, k
         batch_sequences=ground.training.batch_sequences,
         precision=ground.training.precision,
         learning_rate=_rate(section, kind),
+        parameters=section.parameters,
     )
     return ground.run(label, kind, steps, training, Parent(run=dense, optimizer="fresh"))
 

@@ -25,9 +25,9 @@ A third recipe is for finetuning a finished dense model under a representation:
     tokens). Betas, epsilon and clipping are the defaults of the trainer that its code uses.
 """
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from qpipe.errors import QpipeError, nearest
 
@@ -87,7 +87,7 @@ class ModelShape(Growing):
 class Training(Growing):
     """Optimizer, schedule and batch of a run, fully resolved."""
 
-    later: ClassVar[frozenset[str]] = frozenset({"warmup_steps"})
+    later: ClassVar[frozenset[str]] = frozenset({"warmup_steps", "parameters"})
 
     recipe: str = Field(description="name of the recipe that these numbers come from")
     recipe_version: int = Field(ge=1, description="version of that recipe")
@@ -103,7 +103,16 @@ class Training(Growing):
     adam_epsilon: float = Field(default=1e-8, gt=0, description="AdamW epsilon")
     clip: float = Field(gt=0, description="gradient norm above which gradients are scaled down")
     batch_sequences: int = Field(ge=1, description="sequences per optimizer step, over all devices")
-    precision: Literal["fp32", "bf16"] = Field(description="arithmetic of matmuls; master weights are always fp32")
+    precision: Literal["fp32", "bf16"] = Field(description="arithmetic of matmuls")
+    parameters: Literal["fp32", "bf16"] = Field(
+        default="fp32", description="master weights and AdamW's moments; trained scales are always fp32"
+    )
+
+    @model_validator(mode="after")
+    def _short_parameters_need_short_products(self) -> Self:
+        if self.parameters == "bf16" and self.precision != "bf16":
+            raise ValueError("parameters in bf16 need precision bf16")
+        return self
 
 
 class Rung(_Frozen):
@@ -180,7 +189,13 @@ class FinetuneRecipe(_Frozen):
     context: int
 
     def training(
-        self, bits: float, *, batch_sequences: int, precision: Literal["fp32", "bf16"], learning_rate: float | None
+        self,
+        bits: float,
+        *,
+        batch_sequences: int,
+        precision: Literal["fp32", "bf16"],
+        learning_rate: float | None,
+        parameters: Literal["fp32", "bf16"] = "fp32",
     ) -> Training:
         """Return optimizer and schedule for a weight format of so many bits; `learning_rate` None is the recipe's."""
         rate = self.low_bit_learning_rate if is_low_bit(bits) else self.learning_rate
@@ -197,6 +212,7 @@ class FinetuneRecipe(_Frozen):
             clip=1.0,
             batch_sequences=batch_sequences,
             precision=precision,
+            parameters=parameters,
         )
 
     def tokens(self, bits: float) -> int:

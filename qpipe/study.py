@@ -320,7 +320,7 @@ def _rule_problems(study: Study) -> Iterator[str]:
 def _finetune_problems(study: Study) -> Iterator[str]:
     for position, section in enumerate(study.finetune):
         try:
-            found = list(section.problems(study.default_method, set(study.recipe.rungs)))
+            found = list(section.problems(study.default_method, set(study.recipe.rungs), study.recipe.precision))
         except QpipeError as error:
             found = error.problems
         yield from (f"finetune[{position}]: {problem}" for problem in found)

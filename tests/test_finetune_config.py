@@ -181,6 +181,7 @@ def test_the_workflow_collects_data_and_orders_trunks() -> None:
         ({"low_bit_learning_rate_factor": 2}, "needs learning_rate"),
         ({"mode": "fused", "decay_fraction": 1}, "decay_fraction below 1"),
         ({"decay": 1}, "unknown key"),
+        ({"parameters": "bf16", "mode": "finished"}, "precision: bf16"),
     ],
     ids=str,
 )

@@ -264,3 +264,31 @@ def test_a_missing_or_wrong_parent_is_one_message(
     assert main([*arguments, "--parent", str(runs / parent.id)]) == 0
     assert (tmp_path / "out/record.json").read_bytes() == (runs / own.id / "record.json").read_bytes()
     assert resolve("w2-seq").name == own.representation_name
+
+
+def test_short_master_weights_lose_small_updates(store: TokenStore, tmp_path: Path) -> None:
+    """At a rate of 1e-5 Adam moves a weight by 1e-5 at most in a step; bfloat16 rounds that away from 5e-3 on."""
+    parent = small_run(steps=40, precision="bf16")
+    train(parent, store, tmp_path)
+    policy = {"schedule": "cosine", "final_fraction": 0.0, "learning_rate": 1e-5, "weight_decay": 0.0}
+    moved = {}
+    before = safetensors.torch.load_file(tmp_path / parent.id / "model.safetensors")[
+        "blocks.1.feed_forward.down.weight"
+    ]
+    for kind in ("fp32", "bf16"):
+        run = child(parent, "w2-seq", 20, precision="bf16", parameters=kind, **policy)
+        record = train(run, store, tmp_path)
+        assert evaluate_run(tmp_path / run.id, store.path).found == record.loss
+        after = safetensors.torch.load_file(tmp_path / run.id / "model.safetensors")
+        assert after["blocks.1.feed_forward.down.weight"].dtype == torch.float32
+        start = before if kind == "fp32" else before.bfloat16().float()
+        moved[kind] = after["blocks.1.feed_forward.down.weight"] != start
+        assert after["blocks.0.attention.qkv.weight_scale"].dtype == torch.float32
+    large = before.abs() >= 2e-5 * 2**9
+    assert large.float().mean() > 0.5
+    assert not moved["bf16"][large].any()
+    assert moved["fp32"].float().mean() > 0.8
+    assert child(parent, "w2-seq", 20, precision="bf16", **policy).model_dump()["training"].get("parameters") is None
+    training = {**parent.training.model_dump(), "parameters": "bf16", "precision": "fp32"}
+    with pytest.raises(ValueError, match="need precision bf16"):
+        Run.model_validate({**parent.model_dump(), "training": training})

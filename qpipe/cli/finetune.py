@@ -34,6 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=int, default=2048, help="tokens per sequence (2048)")
     parser.add_argument("--batch", type=int, default=128, help="sequences per step (128)")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16", help="arithmetic of products (bf16)")
+    parser.add_argument(
+        "--parameters", choices=["fp32", "bf16"], default="fp32", help="master weights; the authors' are bf16 (fp32)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the order of the data (0)")
 
 
@@ -68,6 +71,8 @@ def plan(args: argparse.Namespace) -> "Run":
     ]
     if args.learning_rate is not None and not args.learning_rate > 0:
         problems.append(f"--learning-rate {args.learning_rate} must be above 0")
+    if args.parameters == "bf16" and args.precision != "bf16":
+        problems.append("--parameters bf16 needs --precision bf16")
     if problems:
         raise QpipeError(problems)
     shape = read_shape(args.checkpoint, args.context)
@@ -76,7 +81,11 @@ def plan(args: argparse.Namespace) -> "Run":
     bits = 16.0 if grid is None else grid.bits
     store = TokenStore.open(args.tokens.parent if args.tokens.name == MANIFEST else args.tokens)
     training = PARETOQ.training(
-        bits, batch_sequences=args.batch, precision=args.precision, learning_rate=args.learning_rate
+        bits,
+        batch_sequences=args.batch,
+        precision=args.precision,
+        learning_rate=args.learning_rate,
+        parameters=args.parameters,
     )
     steps = PARETOQ.tokens(bits) // (args.batch * args.context) if args.steps is None else args.steps
     count = count_parameters(shape).non_embedding

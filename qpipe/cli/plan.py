@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     folder = args.results or Path("results") / study.name
     rows = [_row(one, folder / "runs" / one.id, args.tflops) for one in runs]
+    _share_trunks(rows, runs, args.tflops)
     if args.json:
         print(json.dumps(rows, indent=1))
         return 0
@@ -63,6 +64,18 @@ def _row(run: Any, folder: Path, tflops: float) -> dict[str, Any]:
         "device_hours": run.flops / (tflops * 1e12) / 3600,
         "state": run_state(folder, run.id),
     }
+
+
+def _share_trunks(rows: list[dict[str, Any]], runs: list[Any], tflops: float) -> None:
+    """Count of a trunk that goes on from a shorter one only the steps that are missing."""
+    from qpipe.runs import starts_from
+
+    by_id = {run.id: run for run in runs}
+    before = starts_from(by_id)
+    for row in rows:
+        if by_id[row["id"]].parent is None and row["id"] in before:
+            row["flops"] -= by_id[before[row["id"]]].flops
+            row["device_hours"] = row["flops"] / (tflops * 1e12) / 3600
 
 
 def _table(rows: list[dict[str, Any]], tflops: float) -> str:

@@ -148,7 +148,9 @@ class CompressedLinear(nn.Module):
         return rotate(unpack(packed, self._weights, (self.out_features, self.in_features)), self.block)
 
     def _rotated_weight(self) -> Tensor:
-        stored = self.weight if self._weights is None else power(self.weight, self._weights.part.power)
+        # Weights kept in 16 bits are compressed in 32, as their scales are.
+        weight = self.weight if self.weight.dtype.itemsize >= 4 else self.weight.float()
+        stored = weight if self._weights is None else power(weight, self._weights.part.power)
         return rotate(stored, self.block)
 
     def _represent_weight(self) -> Tensor:

@@ -22,7 +22,7 @@ from qpipe.train.progress import Progress, Recorder, duration
 from qpipe.train.results import finished_record, make_record, publish
 from qpipe.train.runtime import describe
 from qpipe.train.scratch import Scratch, checkpoint_seconds
-from qpipe.train.start import KeepState, find_start, keep_state, trunk_state
+from qpipe.train.start import KeepState, find_start, keep_state, shorten, trunk_state
 from qpipe.train.stop import StopOnSignal
 from qpipe.train.store import open_store
 from qpipe.train.tracking import Tracking
@@ -67,6 +67,8 @@ def train_run(run_file: Path, tokens: Path, out: Path, parent: Path | None = Non
     module = TrainingModule(run, batches, history)
     if start is not None:
         start.weights(module.model)
+    if run.training.parameters == "bf16":
+        shorten(module.model)
     states = [*([start] if start else []), *([KeepState(out)] if run.keeps_state else [])]
     if not processes.main:
         beside = make_trainer(run, scratch, [Recorder(history, validation, []), *states], history, None, processes)
@@ -83,6 +85,7 @@ def train_run(run_file: Path, tokens: Path, out: Path, parent: Path | None = Non
     if run.keeps_state and not history.failure:
         keep_state(out, checkpoint)
 
+    module.model.float()  # what is stored and reloaded is float32, whatever was trained
     loss = final_loss(trainer, module, validation, progress)
     if diverged(loss, run.shape.vocab_size) and not history.failure:
         history.failure = f"validation loss {loss:.4g} is not finite or above 2 ln V"
