@@ -29,6 +29,9 @@ from qpipe.compress import CompressedLinear, make_linear
 from qpipe.formats import Representation
 from qpipe.recipe import ModelShape, RopeScaling
 
+if torch.cuda.is_available():
+    from qpipe import triton_kernels
+
 INIT_STD = 0.02
 """Standard deviation of initial weights; projections back into the residual get INIT_STD / sqrt(2 layers)."""
 
@@ -183,8 +186,16 @@ class FeedForward(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Map normed features (B, T, D) to the feed-forward's contribution to the residual."""
-        gate, up = self.gate_up(features).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        return self.down(swiglu(self.gate_up(features)))
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """Return silu(gate) * up of the two halves of the last dimension, (..., 2 F) -> (..., F)."""
+    if gate_up.is_cuda:
+        product: Tensor = triton_kernels.SwiGLU.apply(gate_up)
+        return product
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
 
 
 def rotary_tables(shape: ModelShape) -> tuple[Tensor, Tensor]:
@@ -266,26 +277,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _loss_and_gradient(logits: Tensor, target: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Return the summed cross-entropy of logits (M, V) against classes (M, 1), and `scale` times its gradient."""
+    """Return the summed cross-entropy of logits (M, V) against classes (M, 1), and `scale` times its gradient.
+
+    The logits may be overwritten.
+    """
     if logits.is_cuda:
-        return _compiled_softmax(logits, target, scale)
+        return triton_kernels.softmax_gradient_(logits, target, scale), logits
     log_probability = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
     loss = -log_probability.gather(1, target).sum()
     gradient = log_probability.exp_()
     gradient.scatter_add_(1, target, gradient.new_full((), -1.0).expand_as(target))
     return loss, gradient.mul_(scale).to(logits.dtype)
-
-
-def softmax_gradient(logits: Tensor, target: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Say the same without writing in place: a compiler makes one kernel of it, two passes over the logits."""
-    wide = logits.float()
-    normaliser = wide.logsumexp(dim=-1, keepdim=True)
-    loss = (normaliser - logits.gather(1, target).float()).sum()
-    hit = torch.arange(logits.shape[-1], device=logits.device) == target
-    return loss, (((wide - normaliser).exp() - hit.float()) * scale).to(logits.dtype)
-
-
-_compiled_softmax = torch.compile(softmax_gradient, dynamic=False)
 
 
 def _add_product(total: Tensor, gradient: Tensor, part: Tensor) -> None:

@@ -1,12 +1,13 @@
-"""What differs on a GPU from the plain path: captured steps, selection without a sort, the compiled loss."""
+"""What differs on a GPU from the plain path: captured steps, selection without a sort, kernels of our own."""
 
 import pytest
 import torch
 from training_cases import small_run
 
+from qpipe.compress import make_linear
 from qpipe.compress.masks import _first_by_rank, _first_by_sort, _kth_largest
-from qpipe.formats import catalogue_names
-from qpipe.model import Decoder, linear_cross_entropy, softmax_gradient
+from qpipe.formats import catalogue_names, resolve
+from qpipe.model import Decoder, linear_cross_entropy, swiglu
 from qpipe.train.step import TrainingStep, make_optimizer
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -71,16 +72,52 @@ def test_ranks_choose_what_sorting_chooses(n: int, m: int):
         assert torch.equal(_first_by_rank(norm, n), _first_by_sort(norm, n))
 
 
+@on_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_loss_that_is_compiled_is_the_loss(dtype: torch.dtype):
+@pytest.mark.parametrize("classes", [50, 32_000])
+def test_softmax_gradient(dtype: torch.dtype, classes: int):
+    from qpipe.triton_kernels import softmax_gradient_
+
     torch.manual_seed(0)
-    logits, target = torch.randn(12, 50).to(dtype), torch.randint(0, 50, (12, 1))
+    logits, target = torch.randn(12, classes, device="cuda").to(dtype), torch.randint(classes, (12, 1), device="cuda")
     leaf = logits.double().requires_grad_()
     expected = torch.nn.functional.cross_entropy(leaf, target[:, 0], reduction="sum")
     expected.backward()
-    loss, gradient = softmax_gradient(logits, target, 0.25)
+    loss = softmax_gradient_(logits, target, 0.25)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert torch.allclose(gradient.double(), leaf.grad * 0.25, atol=1e-6 if dtype == torch.float32 else 1e-3)
+    assert torch.allclose(logits.double(), leaf.grad * 0.25, atol=1e-6 if dtype == torch.float32 else 1e-3)
+
+
+@on_gpu
+@pytest.mark.parametrize("width", [6, 1500])
+def test_swiglu(width: int):
+    torch.manual_seed(0)
+    gate_up = torch.randn(3, 5, 2 * width, requires_grad=True)
+    on_device = gate_up.detach().cuda().requires_grad_()
+    incoming = torch.randn(3, 5, width)
+    expected, found = swiglu(gate_up), swiglu(on_device)
+    expected.backward(incoming)
+    found.backward(incoming.cuda())
+    assert torch.allclose(found.cpu(), expected, atol=1e-5)
+    assert torch.allclose(on_device.grad.cpu(), gate_up.grad, atol=1e-5)
+
+
+@on_gpu
+@pytest.mark.parametrize(("name", "width"), [("w4a4", 640), ("w2a2", 96), ("w8a8", 64), ("w3a3", 16)])
+def test_inputs_rotated_and_rounded_in_one_kernel(name: str, width: int):
+    torch.manual_seed(0)
+    layer, x = make_linear(width, 8, resolve(name)), torch.randn(7, 11, width)
+    x[0, 0] = 0.0
+    incoming = torch.randn(7, 11, width)
+    results = []
+    for device in ("cpu", "cuda"):
+        leaf = x.to(device).requires_grad_()
+        value = layer._represent_input(leaf)
+        value.backward(incoming.to(device))
+        results.append((value.detach().cpu(), leaf.grad.cpu()))
+    # Sums in another order may carry a number over the border of its cell, and with it a block of its gradient.
+    for one, other, share in zip(*results, (1e-3, 1e-2), strict=True):
+        assert ((one - other).abs() > 1e-4).float().mean() < share
 
 
 @on_gpu
