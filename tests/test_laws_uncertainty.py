@@ -171,6 +171,7 @@ def test_more_noise_gives_wider_intervals_in_proportion() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
     ("world", "effs", "objective"),
     [
