@@ -156,6 +156,28 @@ def test_influence_names_the_run_that_was_spoilt_and_its_refit() -> None:
     assert abs(moved[i]) / error == pytest.approx(top["change"], rel=0.1)
 
 
+def test_hold_outs_are_fits_of_the_rest_and_predictions_of_what_was_left_out() -> None:
+    table = compression_world(0)
+    result = fit(table, bootstrap=0, compare=["dense"])
+    errors = {(e["law"], e["held_out"]): e for e in result.checks["hold_outs"]}
+    largest = table["n"] == table["n"].max()
+    rest = fit(table[~largest], bootstrap=0)
+    rows = table[largest]
+    miss = np.log(rest.predict(rows["n"], rows["d"], rows["representation"]) / rows["loss"])
+    found = errors["compression", "largest n"]
+    assert (found["n_train"], found["n_test"]) == (48, 16)
+    assert found["rms"] == pytest.approx(np.sqrt(np.mean(miss**2)), rel=1e-3)
+    assert found["bias"] == pytest.approx(miss.mean(), rel=1e-3, abs=1e-6)
+    assert errors["dense", "largest n"]["rms"] > 5 * found["rms"]
+
+
+def test_hold_outs_that_leave_too_little_say_so() -> None:
+    entries = fit(compression_world(0, sizes=3), bootstrap=0).checks["hold_outs"]
+    problem = {e["held_out"]: e.get("problem") for e in entries}
+    assert problem["largest n"] == "2 different n would be left, which do not determine an exponent"
+    assert problem["largest d"] is None
+
+
 def test_bad_options_are_refused_together() -> None:
     with pytest.raises(QpipeError) as caught:
         Options(level=90, delta=0, bootstrap=5)

@@ -22,6 +22,8 @@ from qpipe.laws.solve import minimise
 LEFT_OUT_CELLS = 200_000
 """Rows times rows left out one by one; beyond, those with the largest linearised influence (at least 20)."""
 POLISHED_HOLD_OUT = 24
+FEWEST_VALUES = 3
+"""Different sizes (or tokens) that must be left when the largest are held out: an exponent and E need three."""
 CAVEAT = (
     "information criteria assume independent, equally noisy runs and no misfit of the law; runs that share "
     "hyper-parameters or data violate both, so prefer the hold-outs"
@@ -188,7 +190,7 @@ def _splits(table: pd.DataFrame, name: str) -> list[tuple[str, np.ndarray]]:
     splits = []
     for axis, title in (("n", "largest n"), ("d", "largest d")):
         values = table[axis].to_numpy(float)
-        if np.unique(values).size > 3:
+        if np.unique(values).size > 1:
             splits.append((title, values > values.max() * 0.999))
     law = get_law("compression" if name == "dense" else name)
     labels = table["representation"].to_numpy()
@@ -205,6 +207,10 @@ def _hold_out(table: pd.DataFrame, mask: np.ndarray, name: str, options: Options
         test = test[test["representation"].isin(known | {"dense"})]
     if test.empty or train.empty:
         return {"n_train": len(train), "n_test": len(test), "problem": "nothing left to fit or to predict"}
+    few = [axis for axis in ("n", "d") if train[axis].nunique() < min(FEWEST_VALUES, table[axis].nunique())]
+    if few:
+        problem = f"{train[few[0]].nunique()} different {few[0]} would be left, which do not determine an exponent"
+        return {"n_train": len(train), "n_test": len(test), "problem": problem}
     try:
         names = {p.name for p in law.parameters(make_design(train, law))} | {"eff", "L", "F", "C", "k"}
         fixed = {key: value for key, value in (options.fix or {}).items() if key in names}
