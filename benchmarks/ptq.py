@@ -1,13 +1,13 @@
 """Post-training quantization measured: methods at equal total bits, an ablation of allocators, peers, and speed.
 
     python benchmarks/ptq.py compare RUN... --tokens TOKENS --out DIR --minutes 6      methods, then allocators
-    python benchmarks/ptq.py peers RUN... --tokens TOKENS --out DIR                    torchao and llm-compressor
+    python benchmarks/ptq.py peers RUN... --tokens TOKENS --out DIR                    torchao and AutoRound
     python benchmarks/ptq.py speed --sizes 100M 1B --out DIR                           time and memory, random weights
 
 RUN is the folder of a finished dense run (or a transformers model with a token store of its own tokenizer). `compare`
 goes through its jobs in the order of their worth (every method at every rate once, then the allocators on identical
 quantizers, then further seeds), several at a time, and stops at its time limit with what it has; results are kept in
---work and a second call goes on. DIR/results.csv has one row per quantization with the columns of a loss table,
+--work and a second call goes on. DIR/results.csv has one row per quantization, which `qpipe damage` reads,
 DIR/table.md the increase of the loss by method and bits (mean over seeds +- standard deviation) and where cvxq is not
 the best, DIR/*.png the rate-distortion curves and the bits of every layer. Baselines appear in several group sizes:
 compare with the best. Seconds and memory of `compare` are those of processes that share a device; `speed` runs alone.
@@ -117,7 +117,10 @@ def measure(job: Job, tokens: Path, work: Path, device: str, validation_tokens: 
     except (QpipeError, RuntimeError) as error:
         return row | {"problem": f"{type(error).__name__}: {error}"[:500]}
     (out / "packed.safetensors").unlink(missing_ok=True)  # results are kept, models are not
-    return {**describe(result, runtime), **row, "bit_map": bit_map(result)}
+    # The columns that `qpipe damage` reads; the ablation's variants are no methods.
+    law = {"parent": job.run.name, "parent_loss": result.dense_loss, "ptq_bits": result.bits_per_weight}
+    law |= {"ptq_method": job.name if job.stage == "methods" else ""}
+    return {**describe(result, runtime), **row, **law, "bit_map": bit_map(result)}
 
 
 def quantized(
