@@ -2,7 +2,10 @@
 
 import itertools
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -292,3 +295,22 @@ def test_short_master_weights_lose_small_updates(store: TokenStore, tmp_path: Pa
     training = {**parent.training.model_dump(), "parameters": "bf16", "precision": "fp32"}
     with pytest.raises(ValueError, match="need precision bf16"):
         Run.model_validate({**parent.model_dump(), "training": training})
+
+
+@pytest.mark.slow
+def test_two_processes_inherit_and_keep_the_same_state(store: TokenStore, tmp_path: Path) -> None:
+    """A trunk, a longer one that goes on from it and a child, by one process and by two: equal up to float sums."""
+    runs = [trunk(10), trunk(20), child(trunk(20), "dense", 10)]
+    losses: dict[str, list[float]] = {"1": [], "2": []}
+    for devices, found in losses.items():
+        for run in runs:
+            out = tmp_path / devices / run.id
+            run.write(out / "run.yaml")
+            command = [sys.executable, "-m", "qpipe", "train", str(out / "run.yaml"), str(store.path), str(out)]
+            settings = {"QPIPE_DEVICES": devices, "QPIPE_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+            done = subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr[-3000:]
+            found.append(load_record(out / "record.json").loss or 0.0)
+        runtime = json.loads((tmp_path / devices / runs[1].id / "runtime.json").read_text())
+        assert (runtime["devices"], runtime["resumed_from"]) == (int(devices), "state.ckpt")
+    assert losses["2"] == pytest.approx(losses["1"], rel=2e-4)
