@@ -4,13 +4,14 @@ A curve holds the runs that differ in nothing but the split and the seed: equal 
 D. Its points are means over seeds. What a seed changes shifts the points of a curve alike as far as they share a trunk,
 so differences between splits are taken seed by seed, and the noise is what is left after a split's and a seed's own
 effect (two-way layout), pooled over all curves. Which share is best is drawn from the posterior of the means, as for
-fronts (`qpipe.front`): each draw has one best share.
+fronts (`qpipe.front`): each draw has one best share. Runs that finetune one dense model for different lengths make
+curves over the finetuning's tokens in the same way: where more tokens no longer help, finetuning has saturated.
 """
 
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -20,6 +21,7 @@ from qpipe.errors import QpipeError
 
 LEVEL = 0.9
 _LABEL = re.compile(r"(?P<name>.+):(?P<word>[A-Za-z][A-Za-z.-]*?)(?P<percent>\d+(?:\.\d+)?)")
+_LONGER = re.compile(r"(?P<name>.+):(?P<word>[A-Za-z][A-Za-z.-]*)\+(?P<tokens>\d+)")
 _ENDS = "wsd"
 _NEEDED = ("n", "d", "representation", "loss", "qat_tokens", "seed", "trajectory")
 
@@ -31,9 +33,11 @@ class Curve:
     Attributes
     ----------
     representation, mode, n, d
-        What the runs have in common; n parameters, d tokens (counts).
-    share
-        Shares of d trained dense, ascending, shape (S,).
+        What the runs have in common; n parameters and d tokens (counts), of the dense model alone where lengths differ.
+    axis
+        What `at` is: `share` of d trained dense, or `qat_tokens` after it.
+    at
+        Shares or tokens, ascending, shape (S,).
     loss
         Means over seeds (nats/token), shape (S,).
     low, high
@@ -48,7 +52,8 @@ class Curve:
     mode: str
     n: float
     d: float
-    share: NDArray[np.float64]
+    axis: Literal["share", "qat_tokens"]
+    at: NDArray[np.float64]
     loss: NDArray[np.float64]
     low: NDArray[np.float64]
     high: NDArray[np.float64]
@@ -57,17 +62,18 @@ class Curve:
 
     @property
     def optimum(self) -> float:
-        """Share with the least mean loss."""
-        return float(self.share[self.loss.argmin()])
+        """Share, or tokens, with the least mean loss."""
+        return float(self.at[self.loss.argmin()])
 
     @property
     def as_good(self) -> list[float]:
-        """Shares whose loss cannot be told from the best one's at 90 %: how flat the optimum is."""
-        return [float(s) for s, low in zip(self.share, self.low, strict=True) if low <= 0]
+        """Where the loss cannot be told from the least at 90 %: how flat the optimum is."""
+        return [float(at) for at, low in zip(self.at, self.low, strict=True) if low <= 0]
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data; unknown numbers are None."""
-        arrays = {name: getattr(self, name) for name in ("share", "loss", "low", "high", "best_share", "runs")}
+        names = {self.axis: "at", **{name: name for name in ("loss", "low", "high", "best_share", "runs")}}
+        arrays = {name: getattr(self, attribute) for name, attribute in names.items()}
         lists = {name: [None if v != v else v for v in values.tolist()] for name, values in arrays.items()}
         common = {"representation": self.representation, "mode": self.mode, "n": self.n, "d": self.d}
         return {**common, **lists, "optimum": self.optimum, "as_good": self.as_good}
@@ -91,10 +97,11 @@ def split_curves(table: pd.DataFrame, *, draws: int = 10_000, seed: int = 0) -> 
     if missing := [name for name in _NEEDED if name not in table]:
         raise QpipeError(f"no splits: the loss table has no column {', '.join(missing)}; use a table of qpipe collect")
     good = table[table["status"] == "ok"] if "status" in table else table
-    groups = list(_groups(good))
+    groups = [*_groups(good), *_lengths(good)]
     if not groups:
         raise QpipeError(
-            "no representation was trained at two splits of one budget; plan them with `finetune: {splits: [...]}`"
+            "no representation was trained at two splits of one budget, or finetuned for two lengths; plan them with "
+            "`finetune: {splits: [...]}` or `qat_tokens`"
         )
     squares, freedom = map(sum, zip(*(_residual(matrix) for *_, matrix in groups), strict=True))
     noise = float(np.sqrt(squares / freedom)) if freedom else float("nan")
@@ -102,8 +109,11 @@ def split_curves(table: pd.DataFrame, *, draws: int = 10_000, seed: int = 0) -> 
     return [_curve(*group, noise, int(freedom), draws, generator) for group in groups], noise, int(freedom)
 
 
-def _groups(table: pd.DataFrame) -> Iterator[tuple[str, str, float, float, pd.DataFrame]]:
-    """Yield (representation, mode, n, d, losses by share and seed) of each curve with two splits or more."""
+Group = tuple[str, str, float, float, Literal["share", "qat_tokens"], pd.DataFrame]
+
+
+def _groups(table: pd.DataFrame) -> Iterator[Group]:
+    """Yield (representation, mode, n, d, axis, losses by share and seed) of each curve with two splits or more."""
     labels = [(_LABEL.fullmatch(name), name) for name in table["representation"]]
     rows = table.assign(
         name=[match["name"] if match else name for match, name in labels],
@@ -122,7 +132,26 @@ def _groups(table: pd.DataFrame) -> Iterator[tuple[str, str, float, float, pd.Da
             chosen = pd.concat([between, group[(group["word"] == ends) & group["share"].notna()]])
             matrix = chosen.pivot_table(index="share", columns="seed", values="loss", aggfunc="mean")
             if len(between) and len(matrix) > 1:
-                yield str(name), word, float(str(n)), float(str(d)), matrix
+                yield str(name), word, float(str(n)), float(str(d)), "share", matrix
+
+
+def _lengths(table: pd.DataFrame) -> Iterator[Group]:
+    """Yield the same of each dense model that was finetuned for two lengths or more."""
+    labels = [_LONGER.fullmatch(name) for name in table["representation"]]
+    rows = table.assign(
+        name=[match["name"] if match else "" for match in labels],
+        word=[match["word"] if match else "" for match in labels],
+        asked=[float(match["tokens"]) if match else np.nan for match in labels],
+    )
+    rows = rows[rows["name"] != ""]
+    # What a dense control was trained on after the split stands in its label alone.
+    rows["own"] = np.where(rows["name"] == "dense", rows["asked"], rows["qat_tokens"])
+    rows["before"] = np.where(rows["name"] == "dense", np.nan, rows["d"] - rows["qat_tokens"])
+    rows["before"] = rows["before"].fillna(rows.groupby("n")["before"].transform("median")).fillna(0)
+    for (name, word, n, before), group in rows.groupby(["name", "word", "n", "before"]):
+        matrix = group.pivot_table(index="own", columns="seed", values="loss", aggfunc="mean")
+        if len(matrix) > 1:
+            yield str(name), str(word), float(str(n)), float(str(before)), "qat_tokens", matrix
 
 
 def _residual(matrix: pd.DataFrame) -> tuple[float, int]:
@@ -139,6 +168,7 @@ def _curve(
     word: str,
     n: float,
     d: float,
+    axis: Literal["share", "qat_tokens"],
     matrix: pd.DataFrame,
     noise: float,
     freedom: int,
@@ -154,4 +184,4 @@ def _curve(
         excess = drawn - drawn[:, [loss.argmin()]]
         low, high = np.quantile(excess, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
         best = np.bincount(drawn.argmin(axis=1), minlength=len(loss)) / draws
-    return Curve(name, word, n, d, matrix.index.to_numpy(float), loss, low, high, best, runs)
+    return Curve(name, word, n, d, axis, matrix.index.to_numpy(float), loss, low, high, best, runs)

@@ -53,7 +53,7 @@ def test_seeds_shift_curves_and_are_no_noise() -> None:
     (curve,), noise, freedom = split_curves(table(effect + seeds + pattern))
     assert freedom == 3
     assert noise == pytest.approx(0.01 * np.sqrt(8 / 3))
-    assert curve.share.tolist() == SHARES
+    assert curve.at.tolist() == SHARES
     assert np.allclose(curve.loss, effect[:, 0] + 0.5)
     assert curve.optimum == 0.9
     assert curve.as_good == [0.9]
@@ -65,7 +65,7 @@ def test_intervals_have_the_width_of_students_t() -> None:
     pattern = 0.01 * np.array([[1, -1], [-1, 1], [1, -1], [-1, 1]])
     (curve,), noise, _ = split_curves(table(effect + pattern), draws=100_000)
     half = stats.t.ppf(0.95, df=3) * noise * np.sqrt(2 / 2)  # of a difference of two means of two runs
-    assert np.allclose(curve.high - curve.low, np.where(curve.share == 0.9, 0, 2 * half), rtol=0.02)
+    assert np.allclose(curve.high - curve.low, np.where(curve.at == 0.9, 0, 2 * half), rtol=0.02)
     assert np.allclose((curve.high + curve.low) / 2, curve.loss - 2.5, atol=1e-3)
 
 
@@ -89,7 +89,7 @@ def test_curves_are_told_apart_by_their_labels() -> None:
     curves, noise, freedom = split_curves(rows)
     assert np.isnan(noise)
     assert freedom == 0
-    found = {(c.representation, c.mode, c.d): (c.share.tolist(), c.loss.min()) for c in curves}
+    found = {(c.representation, c.mode, c.d): (c.at.tolist(), c.loss.min()) for c in curves}
     assert found == {
         ("w2-seq", "branch", 1000): (SHARES, 2.5),
         ("w2-seq", "branch", 2000): (SHARES, 2.5),
@@ -97,6 +97,38 @@ def test_curves_are_told_apart_by_their_labels() -> None:
         ("dense", "branch", 1000): (SHARES[1:], 2.5),
     }
     assert np.isnan(curves[0].low).all()
+
+
+def test_lengths_of_finetuning_make_curves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two bits, three times as long per label, and a dense control whose tokens stand in its label alone."""
+    rows = pd.DataFrame(
+        [
+            {
+                "n": 50,
+                "d": 1000 + factor * asked,
+                "representation": f"{name}:matched+{asked}",
+                "loss": 3 - asked / 1000 + factor + 0.001 * seed * (-1) ** (asked // 100),
+                "qat_tokens": 0 if name == "dense" else factor * asked,
+                "seed": seed,
+                "trajectory": "dense run",
+            }
+            for name, factor in (("w4-seq", 1), ("w2-seq", 3), ("dense", 1))
+            for asked in (100, 200, 400)
+            for seed in (0, 1)
+        ]
+    )
+    curves, _, freedom = split_curves(rows)
+    assert freedom == 6
+    assert {(c.representation, c.axis, c.d): c.at.tolist() for c in curves} == {
+        ("w4-seq", "qat_tokens", 1000): [100, 200, 400],
+        ("w2-seq", "qat_tokens", 1000): [300, 600, 1200],
+        ("dense", "qat_tokens", 1000): [100, 200, 400],
+    }
+    assert {c.optimum for c in curves} == {400, 1200}
+    rows.to_csv(tmp_path / "l.csv", index=False)
+    assert main(["splits", str(tmp_path / "l.csv"), "--out", str(tmp_path)]) == 0
+    assert "best 1,200 tokens" in capsys.readouterr().out
+    assert (tmp_path / "saturation-matched.svg").exists()
 
 
 def test_tables_without_splits_are_refused() -> None:

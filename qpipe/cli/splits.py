@@ -1,4 +1,4 @@
-"""Loss against the share of tokens trained dense: the best split per representation and budget, and how flat it is.
+"""Loss against the share of tokens trained dense, or against the tokens of finetuning: the best, and how flat it is.
 
 For each representation, mode, size and total budget: mean loss over seeds at each split, its excess over the best one
 with a 90 % interval, and the probability that a split is the best. Intervals need two seeds or more.
@@ -47,12 +47,13 @@ def run(args: argparse.Namespace) -> int:
 def _text(result: dict[str, Any]) -> str:
     lines = []
     for curve in result["curves"]:
+        show = "{:>7.1%} dense".format if "share" in curve else "{:>15,.0f} tokens".format
         lines.append(f"{curve['representation']}, {curve['mode']}: N {curve['n']:,.0f}, D {curve['d']:,.0f}")
-        for place, share in enumerate(curve["share"]):
+        for place, at in enumerate(curve.get("share") or curve["qat_tokens"]):
             low, high, best = (curve[key][place] for key in ("low", "high", "best_share"))
             sure = "" if best is None else f"  excess {low:+.4f} to {high:+.4f}, best in {best:.0%} of the draws"
-            lines.append(f"  {share:>7.1%} dense  loss {curve['loss'][place]:.4f} ({curve['runs'][place]} runs){sure}")
-        flat = ", ".join(f"{share:.1%}" for share in curve["as_good"])
-        lines.append(f"  best {curve['optimum']:.1%} dense" + (f"; as good at 90 %: {flat}" if flat else ""))
+            lines.append(f"  {show(at)}  loss {curve['loss'][place]:.4f} ({curve['runs'][place]} runs){sure}")
+        flat = ", ".join(show(at).strip() for at in curve["as_good"])
+        lines.append(f"  best {show(curve['optimum']).strip()}" + (f"; as good at 90 %: {flat}" if flat else ""))
     noise = "not known (one seed)" if result["noise"] is None else f"{result['noise']:.2g} nats/token"
     return "\n".join([*lines, f"noise {noise}, {result['freedom']} degrees of freedom"])

@@ -12,18 +12,33 @@ from qpipe.report.law_figures import floats
 from qpipe.report.palette import looks
 from qpipe.splits import Curve
 
+_SPLIT_CAPTION = (
+    "Each point spends the same total number of tokens, the share on the axis dense and the rest under the "
+    "representation: at 0 % from scratch, at 100 % a dense model that is rounded. A bar that reaches zero cannot be "
+    "told from the best split."
+)
+_LENGTH_CAPTION = (
+    "Each point finetunes the same dense model for the number of tokens on the axis. A bar that reaches zero cannot be "
+    "told from the best length: from there on finetuning has saturated."
+)
+
 
 def split_charts(curves: Sequence[Curve], noise: float) -> list[Chart]:
     """Return one chart per mode: excess loss over the best split against the share, a panel per size and budget."""
-    return [_split_chart([c for c in curves if c.mode == mode], mode, noise) for mode in {c.mode: None for c in curves}]
+    kinds = {(c.mode, c.axis): None for c in curves}
+    return [
+        _split_chart([c for c in curves if (c.mode, c.axis) == (mode, axis)], mode, axis == "share", noise)
+        for mode, axis in kinds
+    ]
 
 
-def _split_chart(curves: list[Curve], mode: str, noise: float) -> Chart:
+def _split_chart(curves: list[Curve], mode: str, split: bool, noise: float) -> Chart:
     shown = {curve.representation: None for curve in curves}
     colours = {name: look for name, look in looks(shown).items() if name in shown}
     budgets = list({(curve.n, curve.d): None for curve in curves})
     everything = [value for curve in curves for value in (*_ends(curve)[0], *_ends(curve)[1])]
-    y = numeric_axis("excess over the best split (nats/token)", everything, include=(0.0,))
+    unit = 100.0 if split else 1.0
+    y = numeric_axis("excess over the best (nats/token)", everything, include=(0.0,))
     panels = []
     for n, d in budgets:
         marks: list[Mark] = []
@@ -31,14 +46,15 @@ def _split_chart(curves: list[Curve], mode: str, noise: float) -> Chart:
             look, excess = colours[curve.representation], curve.loss - curve.loss.min()
             low, high = _ends(curve)
             hover = tuple(
-                f"{curve.representation}: {share:.1%} dense, loss {loss:.4f}, {runs} runs"
-                for share, loss, runs in zip(curve.share, curve.loss, curve.runs, strict=True)
+                f"{curve.representation}: {f'{at:.1%} dense' if split else f'{at:,.0f} tokens'}, loss {loss:.4f}, "
+                f"{runs} runs"
+                for at, loss, runs in zip(curve.at, curve.loss, curve.runs, strict=True)
             )
             marks += [
-                Line(curve.representation, floats(100 * curve.share), floats(excess), look.color),
+                Line(curve.representation, floats(unit * curve.at), floats(excess), look.color),
                 Points(
                     curve.representation,
-                    floats(100 * curve.share),
+                    floats(unit * curve.at),
                     floats(excess),
                     look,
                     hover,
@@ -47,18 +63,21 @@ def _split_chart(curves: list[Curve], mode: str, noise: float) -> Chart:
                 ),
             ]
         x = numeric_axis("tokens trained dense (%)", [0, 100])
+        if not split:
+            lengths = [float(at) for curve in curves for at in curve.at]
+            x = numeric_axis("tokens of finetuning", lengths, log=min(lengths) > 0, style="count")
         title = f"N {format_number(n, 'count')}, D {format_number(d, 'count')}"
         panels.append(Panel(x, y, tuple(marks), title))
     known = "one seed: noise not known, no intervals"
     if noise == noise:
         known = f"noise {noise:.2g} nats/token; bars: 90 % intervals"
     return Chart(
-        name=f"splits-{mode}",
-        title=f"How to split a budget between dense training and finetuning ({mode})",
+        name=f"{'splits' if split else 'saturation'}-{mode}",
+        title=f"How to split a budget between dense training and finetuning ({mode})"
+        if split
+        else f"How many tokens finetuning needs ({mode})",
         subtitle=f"{sum(int(c.runs.sum()) for c in curves)} runs; {known}",
-        caption="Each point spends the same total number of tokens, the share on the axis dense and the rest under "
-        "the representation: at 0 % from scratch, at 100 % a dense model that is rounded. A bar that reaches zero "
-        "cannot be told from the best split.",
+        caption=_SPLIT_CAPTION if split else _LENGTH_CAPTION,
         panels=tuple(panels),
         looks=colours,
     )
