@@ -69,5 +69,5 @@ def test_a_lost_parent_is_trained_alone_and_only_if_it_is_needed(finished: Path,
     for parent in parents:
         parent.unlink()
     assert planned(folder, STUDY)["train"] == 1 + len(parents)
-    snakemake(folder, "runs", study=STUDY)
+    snakemake(folder, "--", "runs", study=STUDY)
     assert child.read_bytes() == before
