@@ -4,8 +4,6 @@
   numbers stays in cache between the two, and no second array of logits is needed.
 * SwiGLU's backward pass writes the gradients of gate and up side by side as one array, which is what the fused
   gate-and-up product wants; generated code computes both halves for each place and throws one away.
-* Rotating activations, rounding them and noting where gradient passes is one kernel; generated code stores the rotated
-  numbers in between. The scale is taken before the rotation, which changes no norm.
 
 This module imports Triton, so it is imported only where there is a GPU. Arithmetic is float32 inside.
 """
@@ -19,7 +17,6 @@ from torch import Tensor
 
 _COLUMNS_AT_ONCE = 8192
 _BLOCK = 1024
-_TILE = 64
 
 
 @triton.jit
@@ -103,70 +100,3 @@ class SwiGLU(torch.autograd.Function):
         grid = (gradient.numel() // width, triton.cdiv(width, _BLOCK))
         _swiglu_backward[grid](gate_up, gradient, out, width, block=_BLOCK)
         return out
-
-
-@triton.jit
-def _signs(size: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Sylvester's matrix without its normalisation: (-1)^popcount(i & j), for sizes up to 256."""
-    both = tl.arange(0, size)[:, None] & tl.arange(0, size)[None, :]
-    both ^= both >> 4
-    both ^= both >> 2
-    both ^= both >> 1
-    return 1 - 2 * (both & 1)
-
-
-@triton.jit
-def _round_rotated(x, scales, value, gate, rows, width, top, block: tl.constexpr, tile: tl.constexpr):  # type: ignore[no-untyped-def]
-    row = tl.program_id(0).to(tl.int64) * tile + tl.arange(0, tile)
-    place = row[:, None] * width + tl.program_id(1) * block + tl.arange(0, block)[None, :]
-    inside = (row < rows)[:, None]
-    numbers = tl.load(x + place, mask=inside, other=0.0)
-    rotated = tl.dot(numbers, _signs(block).to(numbers.dtype), input_precision="ieee") * (1.0 / tl.sqrt(block * 1.0))
-    scale = tl.load(scales + row, mask=row < rows, other=0.0)[:, None]
-    y = rotated * tl.where(scale > 0, 1.0 / scale, 0.0)
-    level = tl.minimum(tl.maximum(tl.floor(y), -top), top - 1.0) + 0.5
-    tl.store(value + place, (level * scale).to(value.dtype.element_ty), mask=inside)
-    tl.store(gate + place, (tl.abs(y) <= top).to(tl.int8), mask=inside)
-
-
-@triton.jit
-def _rotate_gated(gradient, gate, out, rows, width, block: tl.constexpr, tile: tl.constexpr):  # type: ignore[no-untyped-def]
-    row = tl.program_id(0).to(tl.int64) * tile + tl.arange(0, tile)
-    place = row[:, None] * width + tl.program_id(1) * block + tl.arange(0, block)[None, :]
-    inside = (row < rows)[:, None]
-    passes = tl.load(gate + place, mask=inside, other=0)
-    incoming = tl.load(gradient + place, mask=inside, other=0.0) * passes.to(gradient.dtype.element_ty)
-    rotated = tl.dot(incoming, _signs(block).to(incoming.dtype), input_precision="ieee") * (1.0 / tl.sqrt(block * 1.0))
-    tl.store(out + place, rotated.to(out.dtype.element_ty), mask=inside)
-
-
-class RotateAndRound(torch.autograd.Function):
-    """Rotate the last dimension in Hadamard blocks and round to 2 top mid-rise levels; gradient by trust.
-
-    Forward takes numbers (..., width), their scales (rows, 1), `top` = half the number of levels and the block's size
-    (16 to 128). Gradient passes where the error is at most half a step, |y| <= top, and is rotated back.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, top: float, block: int) -> Tensor:
-        """Return the rounded numbers in the rotated basis; keeps a byte per number."""
-        x = x.contiguous()
-        width = x.shape[-1]
-        rows = x.numel() // width
-        value, gate = torch.empty_like(x), torch.empty_like(x, dtype=torch.int8)
-        grid = (triton.cdiv(rows, _TILE), width // block)
-        _round_rotated[grid](x, scale, value, gate, rows, width, top, block=block, tile=_TILE)
-        ctx.save_for_backward(gate)
-        ctx.block = block
-        return value
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        """Return the gradient that passes, rotated back."""
-        (gate,) = ctx.saved_tensors
-        gradient = gradients[0].contiguous()
-        width = gradient.shape[-1]
-        rows, out = gradient.numel() // width, torch.empty_like(gradient)
-        grid = (triton.cdiv(rows, _TILE), width // ctx.block)
-        _rotate_gated[grid](gradient, gate, out, rows, width, block=ctx.block, tile=_TILE)
-        return out, None, None, None

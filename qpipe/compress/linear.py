@@ -22,17 +22,14 @@ from torch.nn import functional
 from qpipe.compress.gradients import power, power_inverse
 from qpipe.compress.masks import sparsity_at
 from qpipe.compress.packing import pack, unpack
-from qpipe.compress.prepare import Prepared, prepare
+from qpipe.compress.prepare import prepare
 from qpipe.compress.quantize import compress
 from qpipe.compress.rotation import rotate
-from qpipe.compress.scales import grouped, root_mean_square
+from qpipe.compress.scales import grouped
 from qpipe.compress.trained import starting_scale
 from qpipe.errors import QpipeError
 from qpipe.formats import Representation, TensorFormat, check_shape
 from qpipe.formats.spec import TRAINED_SCALES
-
-if torch.cuda.is_available():
-    from qpipe import triton_kernels
 
 
 class CompressedLinear(nn.Module):
@@ -151,9 +148,7 @@ class CompressedLinear(nn.Module):
         return rotate(unpack(packed, self._weights, (self.out_features, self.in_features)), self.block)
 
     def _rotated_weight(self) -> Tensor:
-        # Weights kept in 16 bits are compressed in 32, as their scales are.
-        weight = self.weight if self.weight.dtype.itemsize >= 4 else self.weight.float()
-        stored = weight if self._weights is None else power(weight, self._weights.part.power)
+        stored = self.weight if self._weights is None else power(self.weight, self._weights.part.power)
         return rotate(stored, self.block)
 
     def _represent_weight(self) -> Tensor:
@@ -172,8 +167,6 @@ class CompressedLinear(nn.Module):
     def _represent_input(self, x: Tensor) -> Tensor:
         if self._activations is None:
             return x
-        if x.is_cuda and _in_one_kernel(self._activations, self.block):
-            return self._rotate_and_round(x, self._activations)
         return compress(
             rotate(x, self.block),
             self._activations,
@@ -182,14 +175,6 @@ class CompressedLinear(nn.Module):
             per_token=True,
             training=self.training,
         )
-
-    def _rotate_and_round(self, x: Tensor, prepared: Prepared) -> Tensor:
-        """Do what `compress` does to rotated inputs, on a GPU; the scale is that of the numbers before rotation."""
-        x = x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
-        with torch.no_grad():
-            scale = root_mean_square(x.flatten(0, -2)) * prepared.multiplier
-        rounded: Tensor = triton_kernels.RotateAndRound.apply(x, scale, prepared.high + prepared.radius, self.block)
-        return rounded
 
     @torch.no_grad()
     @torch.compiler.disable
@@ -219,14 +204,6 @@ class CompressedLinear(nn.Module):
 def _full_precision(device: torch.device) -> AbstractContextManager[object]:
     """Autocast off; the meta device has no autocast to turn off."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
-
-
-def _in_one_kernel(prepared: Prepared, block: int) -> bool:
-    """Whether `RotateAndRound` knows these activations: QuEST's, a mid-rise grid under trust, rotated."""
-    part, grid = prepared.part, prepared.grid
-    plain = part.mask is None and part.outer is None and part.share == 1 and part.scale_format == "float32"
-    rule = (part.scale, part.group, part.gradient) == ("gaussian", "row", "trust")
-    return plain and rule and grid is not None and grid.family == "rise" and 16 <= block <= 128
 
 
 def _trains(part: TensorFormat | None) -> bool:
