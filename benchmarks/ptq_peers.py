@@ -47,6 +47,7 @@ def peers(args: argparse.Namespace) -> None:
             loss, total = text.evaluate(network, windows), bits + 16 / group
             row = {"checkpoint": run.name, "name": f"torchao int{bits}, groups of {group}", "bits_per_weight": total}
             found = [{**peer, "checkpoint": run.name, "increase": peer["loss"] - dense} for peer in found]
+            found += [ours(args, run, "cvxq", peer["bits_per_weight"]) for peer in found]
             found.append({**row, "loss": loss, "increase": loss - dense, "seconds": seconds})
             found += [ours(args, run, name, total) for name in ("rtn", "gptq", "cvxq")]
             rows += found
@@ -73,7 +74,7 @@ def torchao_integers(network: Network, bits: int) -> int:
 
 
 def autoround(args: argparse.Namespace, network: Network, text: Text, bits: int) -> dict[str, Any]:
-    """Quantize the network as a Llama with AutoRound to an average of `bits` + 1/4, symmetric, groups of 64."""
+    """Quantize the network as a Llama with AutoRound to `bits` + 0.4 on average, groups of 64, side data counted."""
     from auto_round import AutoRound, AutoScheme
     from transformers import PreTrainedTokenizerFast
 
@@ -84,12 +85,12 @@ def autoround(args: argparse.Namespace, network: Network, text: Text, bits: int)
     sequences = torch.cat(text.calibration(0, SEQUENCES))
     lines = [{"text": tokenizer.decode(row.tolist())} for row in sequences]
     (folder / "calibration.json").write_text(json.dumps(lines))
-    options = tuple(f"W{b}A16G64" for b in (2, 3, 4, 8) if b >= bits)
+    target, options = bits + 0.4, tuple(f"W{b}A16G64" for b in (2, 3, 4, 8) if b >= bits)
     begin = time.monotonic()
     # Text is shorter or longer once it is tokenized again; AutoRound drops what is shorter than its sequence length.
     model, layers = AutoRound(
         str(folder),
-        scheme=AutoScheme(avg_bits=bits + 0.25, options=options),
+        scheme=AutoScheme(avg_bits=target, options=options),
         dataset=str(folder / "calibration.json"),
         seqlen=int(0.8 * sequences.shape[1]),
         nsamples=SEQUENCES,
@@ -102,7 +103,7 @@ def autoround(args: argparse.Namespace, network: Network, text: Text, bits: int)
     stored = sum(sizes[name] * _stored(layers[name]) for name in sizes)
     windows = text.evaluation_windows(args.validation_tokens)
     loss = text.evaluate(wrap_transformers(model.float().to(args.device)), windows)
-    name = f"AutoRound AutoScheme {bits + 0.25:g}"
+    name = f"AutoRound AutoScheme {target:g}"
     return {"name": name, "bits_per_weight": stored / sum(sizes.values()), "loss": loss, "seconds": seconds}
 
 
@@ -114,7 +115,7 @@ def _stored(layer: dict[str, Any]) -> float:
 
 def ours(args: argparse.Namespace, run: Any, name: str, bits: float) -> dict[str, Any]:
     """Quantize the same checkpoint with one of qpipe's methods to the same total bits."""
-    out = args.out / "peers-work" / f"{run.name}-{name}-{bits:g}"
+    out = args.out / "peers-work" / f"{run.name}-{name}-{bits:.4f}"
     begin = time.monotonic()
     request = Request(get_method(name), Target(bits=bits), 0, args.validation_tokens)
     result = quantize_checkpoint(run, args.tokens, out, request, torch.device(args.device))
