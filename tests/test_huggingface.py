@@ -118,7 +118,6 @@ def test_half_precision_files_are_read_exactly(tmp_path: Path) -> None:
     [
         ({"model_type": "gemma2"}, "known types: llama, mobilellm, mistral, qwen2"),
         ({"hidden_act": "gelu"}, "activation 'gelu'"),
-        ({"mlp_bias": True}, "biases in the feed-forward"),
         ({"head_dim": 16}, "heads of 16 features"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "type 'yarn'"),
         ({"partial_rotary_factor": 0.5}, "0.5 of a head"),
@@ -127,7 +126,7 @@ def test_half_precision_files_are_read_exactly(tmp_path: Path) -> None:
         ({"vocab_size": None}, "lacks vocab_size"),
         ({"vocab_size": 70}, r"has shape \(64, 32\), expected \(70, 32\)"),
         ({"num_hidden_layers": 3}, "no tensor model.layers.2"),
-        ({"num_hidden_layers": 1}, "a tensor that a Llama block does not have"),
+        ({"num_hidden_layers": 1}, "a tensor that our decoder does not have"),
         ({"attention_bias": True}, "no tensor model.layers.0.self_attn.q_proj.bias"),
     ],
     ids=str,
@@ -137,6 +136,19 @@ def test_what_differs_is_named(changes: dict[str, Any], message: str, tmp_path: 
     edit(tmp_path, **changes)
     with pytest.raises(QpipeError, match=message):
         load_decoder(tmp_path)
+
+
+def test_only_biases_of_zero_may_be_left_out(tmp_path: Path) -> None:
+    model = save(tmp_path, attention_bias=True, mlp_bias=True)
+    with pytest.raises(QpipeError, match=r"mlp\.down_proj\.bias: a tensor that our decoder does not have"):
+        load_decoder(tmp_path)
+    for name, value in model.named_parameters():
+        if name.endswith(("o_proj.bias", "gate_proj.bias", "up_proj.bias", "down_proj.bias")):
+            value.data.zero_()
+    model.save_pretrained(tmp_path)
+    tokens = torch.arange(64)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(load_decoder(tmp_path)(tokens), model(tokens).logits, atol=2e-5, rtol=1e-4)
 
 
 def test_damaged_folders_are_refused(tmp_path: Path) -> None:
@@ -203,6 +215,11 @@ def test_finetune_evaluate_and_export(
         logits = reloaded(tokens[: 16 * count].view(count, 16)).logits
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[1 : 16 * count + 1])
     assert loss.item() == pytest.approx(losses["tuned"], abs=0.02)
+    with torch.no_grad():  # and back into our own decoder
+        torch.testing.assert_close(
+            load_decoder(tmp_path / "exported")(tokens[None, :16]), reloaded(tokens[None, :16]).logits
+        )
+    assert (tmp_path / "exported/tokenizer.json").read_bytes() == (store.path / "tokenizer.json").read_bytes()
     weights = tmp_path / "model/model.safetensors"
     assert (
         load_record(tmp_path / "tuned/record.json").run.checkpoint.weights

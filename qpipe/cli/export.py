@@ -2,7 +2,8 @@
 
 Embedding, head and norms are stored as trained. The file is read back at once and its weights compared with the run's;
 with --tokens the validation loss is computed again from the packed file and compared with the record. --transformers
-also writes the dequantized model as a Llama folder for `transformers`, where only weights are compressed;
+also writes the dequantized model as a Llama folder for `transformers`, where only weights are compressed (with the
+tokenizer if --tokens is given);
 --compressed-tensors one that stays quantized, where that format knows the grid (integers with a zero, e4m3).
 
 example:
@@ -55,9 +56,17 @@ def run(args: argparse.Namespace) -> int:
     if args.compressed_tensors is not None:
         result["compressed_tensors"] = str(write_quantized(model, record, args.compressed_tensors))
     if args.tokens is not None:
+        for folder in filter(None, (args.transformers, args.compressed_tensors)):
+            _copy_tokenizer(args.tokens, folder)
         result |= _losses(packed_decoder(args.file, record), record, args.tokens)
     print(json.dumps(result, indent=1) if args.json else _text(result))
     return 0 if result.get("reproduced", True) else 1
+
+
+def _copy_tokenizer(tokens: Path, folder: Path) -> None:
+    from qpipe.corpus.store import MANIFEST, TOKENIZER
+
+    shutil.copy((tokens.parent if tokens.name == MANIFEST else tokens) / TOKENIZER, folder / TOKENIZER)
 
 
 def packed_decoder(file: Path, record: "Record") -> "Decoder":
