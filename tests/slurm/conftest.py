@@ -40,7 +40,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Clone:
     """The same study, finished on this machine without Slurm."""
     clone = Clone(tmp_path_factory.mktemp("local"))
     clone.extra["QPIPE_WARM"] = "1"  # faster, and one more way in which results must not differ
-    clone.snakemake("--cores", str(os.cpu_count()), profile="local")
+    clone.snakemake("tables", "--cores", str(os.cpu_count()), profile="local")
     return clone
 
 
