@@ -8,6 +8,7 @@
 #   results/<study>/losses/<format>.parquet     loss table, one partition per format    rule collect
 #   results/<study>/damage/                     what quantization costs, until when it is enough   rule damage
 #   results/<study>/fits/<law>.json             fitted laws with intervals              rule fit
+#   results/<study>/splits/                     best splits of budgets, finetuned runs  rule splits
 #   results/<study>/tables/<law>/               efficiency multipliers                  rule multipliers
 #   results/<study>/figures/<law>/              figures                                 rule figures
 #   results/<study>/report.html                 everything on one page                  rule report
@@ -39,6 +40,7 @@ localrules:
     multipliers,
     figures,
     report,
+    splits,
     track,
 
 
@@ -49,6 +51,7 @@ rule all:
         tracked_laws(),
         expand("{results}/runs/{run}/record.json", results=RESULTS, run=RUNS),
         damage_of_study(),
+        splits_of_study(),
 
 
 onstart:

@@ -95,6 +95,11 @@ class Workflow:
         """Run that has to be finished before a run can start, by run id: its parent, or the next shorter trunk."""
         return starts_from(self.runs)
 
+    @property
+    def compares_splits(self) -> bool:
+        """Whether finetuned runs differ in their split or length, so that there is a best one to be found."""
+        return any(len(section.splits or section.qat_tokens or []) > 1 for section in self.study.finetune)
+
     @cached_property
     def laws(self) -> dict[str, LawJob]:
         """The study's laws by name."""

@@ -1,5 +1,6 @@
 """The real Snakefile on a study with finetuned runs: parents first, and what a change runs again."""
 
+import json
 import re
 from pathlib import Path
 
@@ -36,6 +37,13 @@ def test_the_loss_table_tells_finetuned_runs_apart(finished: Path) -> None:
     assert (losses[losses["representation"] == "w4-seq:wsd100"]["qat_tokens"] == 0).all()
     table = pd.read_parquet(finished / "results/finetune/tables/compression/multipliers.parquet")
     assert "w4-seq:branch50" in set(table["representation"])
+    curves = json.loads((finished / "results/finetune/splits/splits.json").read_text())["curves"]
+    # Two sizes by two budgets; the finished family has one split and, from scratch, its ordinary run.
+    assert sorted((curve["mode"], curve["share"]) for curve in curves) == [
+        *[("branch", [0.5, 1.0])] * 4,
+        *[("finished", [0.0, 0.5])] * 4,
+    ]
+    assert (finished / "results/finetune/splits/splits-branch.svg").exists()
 
 
 def test_nothing_is_left_to_do(finished: Path) -> None:

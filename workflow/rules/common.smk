@@ -78,6 +78,11 @@ def compression_fit():
     return [f"{RESULTS}/fits/compression.json"] if "compression" in LAWS else []
 
 
+def splits_of_study():
+    """Where finetuned runs differ in their split, what the best one is."""
+    return [f"{RESULTS}/splits/splits.json"] if STUDY.compares_splits else []
+
+
 def damage_of_study():
     """What quantization costs, where the study quantizes anything."""
     return [f"{RESULTS}/damage/damage.json"] if STUDY.ptq_of else []

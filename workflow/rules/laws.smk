@@ -6,6 +6,7 @@ OUTPUTS
     results/<study>/capacity/<format>.json      GMSE, predicted multiplier rho, bits/weight
     results/<study>/losses/<format>.parquet     loss table of one representation
     results/<study>/fits/<law>.json             fitted law
+    results/<study>/splits/splits.json          best splits of budgets, if the study has finetuned runs; figures beside it
     results/<study>/tables/<law>/               multiplier table as parquet, csv, md, tex
 
 Each step takes the digest of the code it runs, and the list of what it reads, as parameters: a change of the fit refits
@@ -70,6 +71,24 @@ rule fit:
         "Fitting the {wildcards.law} law of study {STUDY.name}"
     shell:
         "{QPIPE} fit {input} --law {wildcards.law} {params.options} --out {output} > {log} 2>&1"
+
+
+rule splits:
+    input:
+        expand(
+            "{results}/losses/{format}.parquet", results=RESULTS, format=STUDY.runs_of
+        ),
+    output:
+        f"{RESULTS}/splits/splits.json",
+    log:
+        f"logs/splits/{STUDY.name}.log",
+    params:
+        losses=list(STUDY.runs_of),
+        code=source_digest("splits.py", "report/finetune_figures.py", "cli/splits.py"),
+    message:
+        f"Comparing the splits of study {STUDY.name}"
+    shell:
+        "{QPIPE} splits {input} --out $(dirname {output}) > {log} 2>&1"
 
 
 rule multipliers:
