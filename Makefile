@@ -8,6 +8,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SNAKEMAKE := $(BIN)/snakemake --profile profiles/local
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
+TESTS ?= not slow and not slurm
 export PYTHONUNBUFFERED := 1
 
 .PHONY: help setup demo test slow slurm check format clean
@@ -33,10 +35,10 @@ demo: $(VENV)/.runtime
 	$(SNAKEMAKE) --configfile config/demo.yaml
 
 test: $(VENV)/.development
-	$(BIN)/python -m pytest -m "not slow and not slurm"
+	$(PYTEST) -m "$(TESTS)"
 
 slow: $(VENV)/.development
-	$(BIN)/python -m pytest -m "not slurm"
+	$(PYTEST) -m "not slurm"
 
 slurm: $(VENV)/.development
 	bash tests/slurm/install.sh

@@ -8,9 +8,9 @@ from training_cases import make_store, small_run
 
 from qpipe.corpus.store import TokenStore
 from qpipe.model import Decoder
-from qpipe.ptq_methods import get_method
 from qpipe.ptq.quantize import Request, quantize_checkpoint
 from qpipe.ptq.result import PtqResult, Target
+from qpipe.ptq_methods import get_method
 from qpipe.record import Record
 from qpipe.runs import Run
 from qpipe.train.results import file_digest, weights
