@@ -50,6 +50,7 @@ rule all:
         f"{RESULTS}/report.html",
         tracked_laws(),
         expand("{results}/runs/{run}/record.json", results=RESULTS, run=RUNS),
+        expand("{results}/ptq/{job}/ptq.json", results=RESULTS, job=STUDY.ptq),
         damage_of_study(),
         splits_of_study(),
 
