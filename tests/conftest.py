@@ -1,10 +1,16 @@
-"""Side by side (`pytest -n 2 --dist loadgroup`): a file's tests share a process, as do all that need the Slurm."""
+"""Side by side (`pytest -n 2`): a file's tests share a process and its fixtures, as do all that need the one Slurm."""
+
+from typing import Any
 
 import pytest
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        group = "slurm" if item.get_closest_marker("slurm") else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "slurm" if nodeid.startswith("tests/slurm/") else nodeid.split("::", 1)[0]
+
+    return ByFile(config, log)
