@@ -9,7 +9,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 SNAKEMAKE := $(BIN)/snakemake --profile profiles/local
 PYTEST := $(BIN)/python -m pytest -n 2 --no-loadscope-reorder
-TESTS ?= not slow and not slurm
 export PYTHONUNBUFFERED := 1
 
 .PHONY: help setup demo test slow slurm check format clean
@@ -35,7 +34,7 @@ demo: $(VENV)/.runtime
 	$(SNAKEMAKE) --configfile config/demo.yaml
 
 test: $(VENV)/.development
-	$(PYTEST) -m "$(TESTS)"
+	$(PYTEST) -m "not slow and not slurm"
 
 slow: $(VENV)/.development
 	$(PYTEST) -m "not slurm"

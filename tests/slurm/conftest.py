@@ -28,8 +28,11 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[slurm.Lab]:
     """A Slurm of three nodes with two simulated GPUs each."""
     with slurm.only_one():
         one = slurm.Lab(tmp_path_factory.mktemp("slurm"))
-        one.up()
         try:
+            try:
+                one.up()
+            except (RuntimeError, TimeoutError, OSError) as error:
+                pytest.skip(f"no Slurm comes up on this machine: {error}")
             yield one
         finally:
             one.down()
