@@ -10,12 +10,6 @@ import pytest
 from clones import RUNS, Clone
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line(
-        "markers", "slurm: runs jobs on a throw-away Slurm (needs root and Debian's slurm packages)"
-    )
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     problem = slurm.missing()
     for item in items:
