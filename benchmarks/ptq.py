@@ -116,6 +116,8 @@ def measure(job: Job, tokens: Path, work: Path, device: str, validation_tokens: 
         result, runtime = quantized(job.run, tokens, out, request, torch.device(device))
     except (QpipeError, RuntimeError) as error:
         return row | {"problem": f"{type(error).__name__}: {error}"[:500]}
+    if result.status != "ok":
+        return row | {"problem": result.message}
     (out / "packed.safetensors").unlink(missing_ok=True)  # results are kept, models are not
     # The columns that `qpipe damage` reads; the ablation's variants are no methods.
     law = {"parent": job.run.name, "parent_loss": result.dense_loss, "ptq_bits": result.bits_per_weight}

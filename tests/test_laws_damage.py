@@ -93,6 +93,28 @@ def test_rounding_that_costs_nothing_is_counted_and_left_out():
     assert found.parameters == pytest.approx(TRUE, rel=1e-6)
 
 
+def with_diverged(table: pd.DataFrame) -> pd.DataFrame:
+    """Two more rows, as a dense run that diverged leaves them: no loss before or after, no bits."""
+    nothing = dict.fromkeys(("loss", "parent_loss", "ptq_bits", "bits_per_weight"), np.nan)
+    more = table.head(2).assign(**nothing, status="diverged", parent="lost")
+    return pd.concat([table.assign(status="ok"), more], ignore_index=True)
+
+
+def test_models_that_diverged_are_counted_and_left_out():
+    found = fit_damage("cvxq", with_diverged(rounded()), bootstrap=20)
+    assert (found.diverged, found.rows, found.parents, found.without_damage) == (2, 27, 9, 0)
+    assert found.parameters == pytest.approx(TRUE, rel=1e-6)
+    assert found.to_json(0.9)["rows_diverged"] == 2
+
+
+def test_a_method_whose_models_all_diverged_is_named_beside_the_others():
+    lost = with_diverged(rounded()).query("status == 'diverged'").assign(ptq_method="rtn")
+    found, unfitted = fit_damages(pd.concat([rounded(), lost]), bootstrap=0)
+    assert [damage.method for damage in found] == ["cvxq"]
+    assert "2 models diverged" in unfitted["rtn"]
+    assert fit_damages(lost, bootstrap=0) == ([], unfitted)
+
+
 def test_worth_is_the_dense_model_of_equal_loss():
     n, d, damage = 1e8, 1e10, 0.05
     eff = brentq(lambda x: dense_loss(n * x, d) - dense_loss(n, d) - damage, 0.01, 1)

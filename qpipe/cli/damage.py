@@ -43,7 +43,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     for entry in content["damages"]:
         values = ", ".join(f"{name} {value:.4g}" for name, value in entry["parameters"].items())
-        print(f"{entry['method']}: {values} ({entry['rows']} models of {entry['dense_runs']} dense runs)")
+        left_out = f"; {entry['rows_diverged']} diverged and are left out" if entry["rows_diverged"] else ""
+        print(f"{entry['method']}: {values} ({entry['rows']} models of {entry['dense_runs']} dense runs{left_out})")
     for method, reason in content["unfitted"].items():
         print(f"{method}: not fitted: {reason}")
     print("\n".join(content["statements"]))

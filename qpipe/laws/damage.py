@@ -40,8 +40,9 @@ class Damage:
         Root mean square of the residuals of log damage.
     held
         Exponents that the runs cannot tell, held at 0.
-    rows, parents, without_damage
-        Rows fitted, dense runs behind them, rows left out because rounding cost nothing or less (no logarithm).
+    rows, parents, without_damage, diverged
+        Rows fitted, dense runs behind them, rows left out because rounding cost nothing or less (no logarithm), rows
+        left out because the dense run or the quantized model has no finite loss.
     ranges
         Smallest and largest n, d, d/n and bits of the fitted rows.
     """
@@ -54,6 +55,7 @@ class Damage:
     rows: int
     parents: int
     without_damage: int
+    diverged: int
     ranges: dict[str, tuple[float, float]]
 
     def predict(self, n: Array | float, d: Array | float, bits: Array | float) -> Array:
@@ -81,6 +83,7 @@ class Damage:
             "rows": self.rows,
             "dense_runs": self.parents,
             "rows_without_damage": self.without_damage,
+            "rows_diverged": self.diverged,
             "ranges": {name: list(limits) for name, limits in self.ranges.items()},
         }
 
@@ -91,13 +94,23 @@ def _predict(parameters: Array, n: Array | float, d: Array | float, bits: Array 
 
 
 def rounded_rows(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of a loss table that were quantized after training (errors: none, columns missing)."""
+    """Return the rows of a loss table that were quantized after training (errors: none, columns missing).
+
+    Rows that diverged are among them, though they may have neither bits nor a loss.
+    """
     if missing := [name for name in COLUMNS if name not in table]:
         raise QpipeError(f"the loss table lacks {', '.join(missing)}; collect results of qpipe ptq, or add the columns")
-    rows = table[table["ptq_bits"].notna() & (table["ptq_method"].fillna("") != "")]
+    rows = table[(table["ptq_method"].fillna("") != "") & (table["ptq_bits"].notna() | ~_finished(table))]
     if rows.empty:
         raise QpipeError("no row of the loss table was quantized after training; collect results of qpipe ptq")
     return rows
+
+
+def _finished(table: pd.DataFrame) -> "pd.Series[bool]":
+    """Whether each row's status is ok; a table without the column holds finished runs alone."""
+    if "status" not in table:
+        return pd.Series(True, index=table.index)
+    return table["status"].fillna("ok").str.lower().isin(("ok", ""))
 
 
 def fit_damages(table: pd.DataFrame, *, bootstrap: int = 1000, seed: int = 0) -> tuple[list[Damage], dict[str, str]]:
@@ -117,15 +130,19 @@ def fit_damage(method: str, rows: pd.DataFrame, *, bootstrap: int = 1000, seed: 
     Parameters
     ----------
     rows
-        Columns n, d, loss, parent, parent_loss, ptq_bits.
+        Columns n, d, loss, parent, parent_loss, ptq_bits, and, where some diverged, status.
     bootstrap, seed
         Resamples of dense runs and their seed.
 
     Raises
     ------
     QpipeError
-        Fewer rows with damage than parameters, or one rate alone.
+        Fewer rows with damage than parameters, one rate alone, or none that did not diverge.
     """
+    finished = _finished(rows)
+    diverged, rows = int((~finished).sum()), rows[finished]
+    if rows.empty:
+        raise QpipeError(f"all of its {diverged} models diverged; quantize dense runs that did not")
     damage = (rows["loss"] - rows["parent_loss"]).to_numpy(float)
     kept, log_damage = rows[damage > 0], np.log(damage[damage > 0])
     terms = np.column_stack(
@@ -155,6 +172,7 @@ def fit_damage(method: str, rows: pd.DataFrame, *, bootstrap: int = 1000, seed: 
         rows=len(kept),
         parents=len(clusters),
         without_damage=int((damage <= 0).sum()),
+        diverged=diverged,
         ranges={
             name: (float(values.min()), float(values.max()))
             for name, values in {**kept[["n", "d"]], "d/n": kept["d"] / kept["n"], "bits": kept["ptq_bits"]}.items()

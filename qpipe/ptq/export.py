@@ -17,7 +17,7 @@ from qpipe.huggingface import projections
 from qpipe.model import Decoder
 from qpipe.ptq.network import Network
 from qpipe.ptq.packed import build, read_packed
-from qpipe.ptq.result import PACKED
+from qpipe.ptq.result import PACKED, RESULT, load_result
 from qpipe.recipe import ModelShape
 
 FOLDER = "transformers"
@@ -37,6 +37,8 @@ def export_transformers(out: Path, checkpoint: Path) -> Path:
     """
     import shutil
 
+    if (out / RESULT).is_file() and (result := load_result(out / RESULT)).file_bytes is None:
+        raise QpipeError(f"{out}: {result.message}; there is no model to export")
     if not (out / PACKED).is_file():
         raise QpipeError(f"{out} holds no {PACKED}; quantize first")
     network = build(read_packed(out / PACKED), torch.device("cpu"))

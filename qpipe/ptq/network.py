@@ -165,6 +165,16 @@ def load_network(folder: Path, device: torch.device) -> tuple[Network, Source]:
     return network.eval(), source
 
 
+def diverged_run(folder: Path) -> Source | None:
+    """Return a dense run that diverged, None for everything else: `load_network` says what is wrong with the rest."""
+    if not (folder / RECORD).is_file():
+        return None
+    record = load_record(folder / RECORD)
+    if record.status != "diverged" or record.run.representation:
+        return None
+    return Source({"kind": "qpipe", "run": record.run.model_dump(mode="json")}, record.weights_digest, record)
+
+
 def _load_run(folder: Path, device: torch.device) -> tuple[Network, Source]:
     record = load_record(folder / RECORD)
     problems = []

@@ -3,6 +3,8 @@
     load -> choose text -> search depths (measure, allocate, round, look at held-out text, again) -> round for good,
     block by block where inputs are needed -> write -> reload -> measure -> ptq.json last
 
+A dense run that diverged ends at once, as a result of that status: its siblings in a study must not wait for it.
+
 Everything reported is measured on the packed file after reading it back. Work that was killed goes on from the last
 finished round or block and ends with the same file.
 """
@@ -22,7 +24,7 @@ from qpipe.errors import QpipeError
 from qpipe.identity import digest
 from qpipe.ptq.layer import QuantizedLayer
 from qpipe.ptq.measure import describe_layer, measure_distortion, measure_losses, total_bits, zero_bit_share
-from qpipe.ptq.network import Network, Source, load_network
+from qpipe.ptq.network import Network, Source, diverged_run, load_network
 from qpipe.ptq.packed import write_packed
 from qpipe.ptq.planning import LayerTask, Plan
 from qpipe.ptq.result import PACKED, RESULT, RUNTIME, PtqResult, Target, load_result
@@ -79,7 +81,8 @@ def quantize_checkpoint(
     tokens
         Token store (folder or manifest) for calibration and evaluation; None works for data-free methods.
     out
-        Receives `packed.safetensors`, `runtime.json` and, last, `ptq.json`.
+        Receives `packed.safetensors`, `runtime.json` and, last, `ptq.json`; the latter two alone for a dense run that
+        diverged.
 
     Raises
     ------
@@ -88,8 +91,10 @@ def quantize_checkpoint(
     """
     begin = time.monotonic()
     check_target(request.target, request.method, tokens)
+    if (diverged := diverged_run(checkpoint)) is not None:
+        return _without_model(request, diverged, _open(tokens), out, device)
     network, source = load_network(checkpoint, device)
-    store = None if tokens is None else TokenStore.open(tokens.parent if tokens.name == MANIFEST else tokens)
+    store = _open(tokens)
     identity = request.identity(source, store)
     if (finished := check_folder(out, identity)) is not None:
         log.info("%s is already finished: %s", out, summary(finished))
@@ -110,6 +115,10 @@ def quantize_checkpoint(
     result.write(out / RESULT)
     shutil.rmtree(out / "scratch", ignore_errors=True)
     return result
+
+
+def _open(tokens: Path | None) -> TokenStore | None:
+    return None if tokens is None else TokenStore.open(tokens.parent if tokens.name == MANIFEST else tokens)
 
 
 def sequences_needed(method: Method) -> int:
@@ -145,11 +154,11 @@ def check_folder(out: Path, identity: str) -> PtqResult | None:
         raise QpipeError(f"{out} is a file; choose a folder for the results")
     if (out / RESULT).exists():
         result = load_result(out / RESULT)
-        if result.identity == identity and (out / PACKED).exists():
+        if result.identity == identity and (result.file_bytes is None or (out / PACKED).exists()):
             return result
         raise QpipeError(
-            f"{out} holds another result ({result.method.name}, {result.bits_per_weight:.3f} bits, identity "
-            f"{result.identity}; {identity} was asked for); choose another folder or delete it"
+            f"{out} holds another result ({result.label}, identity {result.identity}; {identity} was asked for); "
+            "choose another folder or delete it"
         )
     strangers = sorted(p.name for p in out.iterdir() if p.name not in _OWN) if out.is_dir() else []
     if strangers:
@@ -174,7 +183,52 @@ def _measure(path: Path, dense: Network, text: Text | None, request: Request) ->
     found: dict[str, Any] = measure_losses(path, dense, text, request.validation_tokens)
     if request.method.needs_sensitivities:
         found["measured_distortion"] = measure_distortion(path, dense, text, request.method.probe)
+    broken = [name for name in ("loss", "dense_loss") if not math.isfinite(found[name])]
+    found = {name: value if math.isfinite(value) else None for name, value in found.items()}
+    if broken:
+        found |= {"status": "diverged", "message": f"not finite: {', '.join(broken)}"}
     return found
+
+
+def _without_model(
+    request: Request, source: Source, store: TokenStore | None, out: Path, device: torch.device
+) -> PtqResult:
+    """Write the result of quantizing a run that diverged: there is nothing to quantize, and that is what it says."""
+    identity = request.identity(source, store)
+    if (finished := check_folder(out, identity)) is not None:
+        return finished
+    assert source.record is not None
+    result = PtqResult(
+        **_asked(request, identity, source, store),
+        status="diverged",
+        message=f"the dense run diverged: {source.record.message}",
+        bits_per_weight=None,
+        payload_bits=None,
+        bits={},
+        file_bytes=None,
+        zero_bit_share=None,
+        allocation_gap=None,
+        partition_gain=None,
+        predicted_distortion=None,
+        layers={},
+    )
+    write_runtime(out / RUNTIME, device, {})
+    result.write(out / RESULT)
+    return result
+
+
+def _asked(request: Request, identity: str, source: Source, store: TokenStore | None) -> dict[str, Any]:
+    """Return the fields of a result that say what was asked for."""
+    return {
+        "identity": identity,
+        "method": request.method,
+        "target": request.target,
+        "seed": request.seed,
+        "checkpoint": source.name,
+        "checkpoint_digest": source.digest,
+        "tokens_digest": None if store is None else store.digest,
+        "record": source.record,
+    }
 
 
 def _result(
@@ -190,14 +244,7 @@ def _result(
 ) -> PtqResult:
     bits = total_bits(layers)
     return PtqResult(
-        identity=identity,
-        method=request.method,
-        target=request.target,
-        seed=request.seed,
-        checkpoint=source.name,
-        checkpoint_digest=source.digest,
-        tokens_digest=None if store is None else store.digest,
-        record=source.record,
+        **_asked(request, identity, source, store),
         bits_per_weight=bits.per_weight,
         payload_bits=bits.payload_per_weight,
         bits={name: value for name, value in vars(bits).items() if name != "weights"},
@@ -214,8 +261,12 @@ def _result(
 
 def summary(result: PtqResult) -> str:
     """Return one line about a result."""
+    if result.bits_per_weight is None or result.payload_bits is None or result.file_bytes is None:
+        return f"{result.method.name}: diverged: {result.message}"
     bits = f"{result.bits_per_weight:.4f} bits/weight ({result.payload_bits:.4f} payload)"
     size = f"{result.file_bytes / 2**20:.2f} MiB"
+    if result.status != "ok":
+        return f"{result.method.name}: {bits}, {size}, diverged: {result.message}"
     if result.loss is None or result.dense_loss is None:
         return f"{result.method.name}: {bits}, {size}, not evaluated (no token store)"
     rise = result.loss - result.dense_loss

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -39,9 +39,15 @@ class LayerResult(_Frozen):
 
 
 class PtqResult(_Frozen):
-    """Result of one quantization. Losses are mean cross-entropies (nats/token)."""
+    """Result of one quantization. Losses are mean cross-entropies (nats/token).
+
+    A dense run that diverged is no model to quantize, yet a result: status `diverged`, no bits, no packed file. The
+    same status says that the loss of a quantized model is not finite; then everything but the loss is there.
+    """
 
     identity: str = Field(description="digest of checkpoint, method, target, seed and tokens")
+    status: Literal["ok", "diverged"] = Field(default="ok", description="`diverged`: there is no finite loss")
+    message: str = Field(default="", description="what happened, when not ok")
     method: Method
     target: Target
     seed: int = Field(description="seed of calibration text and probes")
@@ -49,11 +55,11 @@ class PtqResult(_Frozen):
     checkpoint_digest: str = Field(description="SHA-256 of the checkpoint's weights")
     tokens_digest: str | None = Field(description="digest of the token store; none without one")
     record: Record | None = Field(description="record of the dense run, for one of ours")
-    bits_per_weight: float = Field(description="all stored bits of quantized layers per weight")
-    payload_bits: float = Field(description="codes alone, per weight")
+    bits_per_weight: float | None = Field(description="all stored bits of quantized layers per weight")
+    payload_bits: float | None = Field(description="codes alone, per weight")
     bits: dict[str, int] = Field(description="stored bits by what they are for")
-    file_bytes: int = Field(description="size of packed.safetensors, embedding, head and norms included")
-    zero_bit_share: float = Field(description="share of weights in groups of 0 bits")
+    file_bytes: int | None = Field(description="size of packed.safetensors, embedding, head and norms included")
+    zero_bit_share: float | None = Field(description="share of weights in groups of 0 bits")
     allocation_gap: float | None = Field(description="allocation's cost is at most this share above the optimum")
     partition_gain: float | None = Field(description="bits per weight that groups save by the closed form (gamma)")
     power: float | None = Field(default=None, description="power of the sensitivities that depths were chosen for")
@@ -71,23 +77,27 @@ class PtqResult(_Frozen):
     @property
     def label(self) -> str:
         """Name of the representation in loss tables, e.g. `w2.5-cvxq`: what was asked for, not what was reached."""
-        asked = self.target.bits if self.target.bits is not None else round(self.bits_per_weight, 2)
-        return ptq_representation(self.method.name, asked)
+        if self.target.bits is not None:
+            return ptq_representation(self.method.name, self.target.bits)
+        if self.bits_per_weight is None:  # a size or a loss was asked for, and nothing could be quantized
+            return self.method.name
+        return ptq_representation(self.method.name, round(self.bits_per_weight, 2))
 
     def loss_row(self) -> dict[str, Any]:
-        """Return a row with the columns of the loss table (error: no loss, or no record of a run)."""
-        if self.record is None or self.loss is None:
+        """Return a row with the columns of the loss table (error: never evaluated, or no record of a run)."""
+        if self.record is None or (self.loss is None and self.status == "ok"):
             raise QpipeError(
-                f"{self.checkpoint} at {self.bits_per_weight:.3f} bits: only quantized runs of qpipe with a validation "
-                "loss have a row in the loss table"
+                f"{self.checkpoint} as {self.label}: only quantized runs of qpipe with a validation loss have a row in "
+                "the loss table"
             )
         dense = self.record
         per_byte = None if dense.bits_per_byte is None or not dense.loss else dense.bits_per_byte / dense.loss
         return loss_row(dense) | {
             "run": f"{dense.id}-{self.label}-s{self.seed}-{self.identity}",
             "representation": self.label,
+            "status": self.status,
             "loss": self.loss,
-            "bits_per_byte": None if per_byte is None else self.loss * per_byte,
+            "bits_per_byte": None if per_byte is None or self.loss is None else self.loss * per_byte,
             "train_loss": None,
             "bits_per_weight": self.bits_per_weight,
             "payload_bits": self.payload_bits,

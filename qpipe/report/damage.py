@@ -86,6 +86,7 @@ def damage_table(content: dict[str, Any]) -> Table:
         Column("rms of log damage", "root mean square residual"),
         Column("models", "quantizations fitted"),
         Column("dense runs"),
+        Column("diverged", "quantizations left out: the dense run, or what became of it, has no finite loss"),
     )
     rows = []
     for entry in content["damages"]:
@@ -95,7 +96,9 @@ def damage_table(content: dict[str, Any]) -> Table:
             words = "held at 0" if name in entry["held_at_zero"] else f"{value:.3g}"
             cells.append(Cell(words + (f" [{limits[0]:.3g}, {limits[1]:.3g}]" if limits else ""), value))
         cells += [number_cell(entry["rms_log_residual"], ".2g"), number_cell(entry["rows"], ".0f")]
-        rows.append((*cells, number_cell(entry["dense_runs"], ".0f")))
+        rows.append(
+            (*cells, number_cell(entry["dense_runs"], ".0f"), number_cell(entry.get("rows_diverged", 0), ".0f"))
+        )
     return Table(columns, tuple(rows), caption="L rounded - L = C_T D^g_D N^-g_N exp(-P / gamma_post)")
 
 

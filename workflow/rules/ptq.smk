@@ -4,12 +4,13 @@ REQUIRED INPUTS
     record and weights of dense runs, the token store
 OUTPUTS
     results/<study>/ptq/<job>/ptq.json          losses before and after, bits by purpose, bits of every layer
-    results/<study>/ptq/<job>/packed.safetensors
+                                                packed.safetensors beside it, but for a run that diverged
     results/<study>/losses/ptq/<method>.parquet  loss table of one method
     results/<study>/damage/                     what rounding costs as a function of N, D and bits; tables, figures
 
 A job's id holds its parent's id and a digest of method, bits and calibration, so that, as with runs, its folder's name
-fixes its content: a finished job depends on nothing.
+fixes its content: a finished job depends on nothing. A dense run that diverged gives results that say so, and no
+model: the loss table lists them, and nothing waits for them.
 """
 
 
@@ -17,8 +18,7 @@ rule ptq:
     input:
         ancient(needs_of_unfinished_ptq),
     output:
-        result=f"{RESULTS}/ptq/{{job}}/ptq.json",
-        packed=f"{RESULTS}/ptq/{{job}}/packed.safetensors",
+        f"{RESULTS}/ptq/{{job}}/ptq.json",
     log:
         f"logs/ptq/{STUDY.name}/{{job}}.log",
     benchmark:
@@ -37,7 +37,7 @@ rule ptq:
     message:
         "Quantizing {wildcards.job}"
     shell:
-        "{resources.environment} {QPIPE} ptq {params.checkpoint} $(dirname {output.result}) --tokens {TOKENS}"
+        "{resources.environment} {QPIPE} ptq {params.checkpoint} $(dirname {output}) --tokens {TOKENS}"
         " {params.options} > {log} 2>&1"
 
 
