@@ -97,6 +97,63 @@ def test_the_fit_is_no_worse_than_the_searched_grid(kind, law, depth):
     assert float(fit.error.double().sum()) <= grid_search(weights, depth, kind).sum()
 
 
+def half(x):
+    return x.astype(np.float16).astype(np.float64)
+
+
+def plain_search(weights, depth, kind, offset):
+    """The documented search with a code for every weight, in float64: least squared error of each group."""
+    book = code_book(kind, depth)
+    w = weights.double().numpy()
+    mean = half(w.mean(axis=1)) if offset else np.zeros(len(w))
+    deviation = w.std(axis=1) if offset else np.sqrt((w**2).mean(axis=1))
+    best = np.zeros(len(w)), mean, np.full(len(w), np.inf)
+
+    def attempt(scale, shift):
+        nonlocal best
+        scale, shift = half(scale), half(shift)
+        code = np.searchsorted(book.borders, (w - shift[:, None]) / scale[:, None])
+        error = ((w - shift[:, None] - scale[:, None] * book.levels[code]) ** 2).sum(axis=1)
+        won = error < best[2]
+        best = tuple(np.where(won, new, old) for new, old in zip((scale, shift, error), best, strict=True))
+
+    start = searched_distortion(book, "gauss")[1]
+    for factor in 2.0 ** np.linspace(-0.75, 0.75, 7):
+        attempt(deviation * start * factor, mean)
+    for step in (0.2, 0.1, 0.05, 0.025):
+        for sign in (1, -1):
+            attempt(best[0] * 2.0 ** (sign * step), best[1])
+        for sign in (1, -1) if offset else ():
+            attempt(best[0], best[1] + sign * step * best[0])
+    return best[2]
+
+
+@pytest.mark.parametrize("offset", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("depth", [1, 3, 8])
+def test_running_sums_find_what_coding_every_weight_finds(kind, depth, offset):
+    weights = groups_of("laplace", count=32, size=200, shift=0.003)
+    fit = fit_groups(weights, torch.full((32,), depth), kind, offset)
+    # A trial that ends in a tie can go either way; what is found is equally good.
+    np.testing.assert_allclose(fit.error.numpy(), plain_search(weights, depth, kind, offset), rtol=1e-3)
+    total = plain_search(weights, depth, kind, offset).sum()
+    assert float(fit.error.double().sum()) == pytest.approx(total, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_numbers_of_any_depth_are_looked_up_together(kind):
+    """Among them borders themselves, and numbers far outside."""
+    generator = np.random.default_rng(0)
+    book = tables(kind, torch.device("cpu"))
+    numbers = [generator.normal(size=2000) * 3, [0.0, -0.0, 1e30, -1e30, 1e-8, np.inf, -np.inf]]
+    numbers += [code_book(kind, depth).borders.astype(np.float32) for depth in range(9)]
+    y = np.concatenate(numbers).astype(np.float32)
+    for depth in range(9):
+        expected = np.searchsorted(book.borders[depth, : 2**depth - 1].numpy(), y)
+        found = book.nearest(torch.from_numpy(y), torch.full((len(y),), depth))
+        np.testing.assert_array_equal(found.numpy(), expected)
+
+
 @pytest.mark.parametrize("offset", [True, False])
 def test_stated_errors_are_those_of_the_codes(offset):
     """Whatever depth, the error that allocation sees is the error that decoding the stored numbers gives."""

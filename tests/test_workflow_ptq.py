@@ -85,3 +85,45 @@ def test_the_precision_law_takes_quantized_runs_where_it_names_a_method(finished
     found = jobs(finished, STUDY.replace("laws: [", "laws: [{law: precision, ptq: rtn}, "))
     assert found["fit"] == 1
     assert {"ptq", "train"}.isdisjoint(found)
+
+
+# Two budgets of an ordinary size, and the same of one whose weights leave float32 in the first steps.
+WILD = """sizes:
+  - 10k
+  - {name: wild, nominal: 10000, layers: 2, width: 32, heads: 2, kv_heads: 2, learning_rate: 1.0e+38}"""
+WITH_DIVERGED = STUDY.replace("sizes: [10k]", WILD).replace("[rtn]", "[rtn, higgs]").replace("[dense, w4]", "[dense]")
+
+
+def test_neither_a_diverged_run_nor_a_failed_quantization_holds_up_the_others(tmp_path: Path) -> None:
+    """A folder that is in use makes one quantization fail; then it is cleared and the same command goes on."""
+    clone(tmp_path)
+    results = tmp_path / "results/smoke"
+    planned = snakemake(tmp_path, "--dry-run", study=WITH_DIVERGED)
+    names = set(re.findall(r"ptq/([^/\s]+)/ptq\.json", planned.stdout + planned.stderr))
+    assert len(names) == 16
+    broken = next(name for name in sorted(names) if "rtn" in name and "wild" not in name)
+    (results / "ptq" / broken).mkdir(parents=True)
+    (results / "ptq" / broken / "notes.txt").write_text("mine")
+
+    failed = snakemake(tmp_path, study=WITH_DIVERGED, check=False)
+    assert failed.returncode == 1
+    assert {path.parent.name for path in results.glob("ptq/*/ptq.json")} == names - {broken}
+    assert (results / "losses/ptq/higgs.parquet").exists()
+    assert not (results / "losses/ptq/rtn.parquet").exists()
+    assert (results / "tables/compression/multipliers.md").exists()
+
+    (results / "ptq" / broken / "notes.txt").unlink()
+    snakemake(tmp_path, study=WITH_DIVERGED)
+    for method in ("rtn", "higgs"):
+        losses = pd.read_parquet(results / f"losses/ptq/{method}.parquet")
+        diverged = losses["size"] == "wild"
+        assert diverged.sum() == 4
+        assert set(losses.loc[diverged, "status"]) == {"diverged"}
+        assert losses.loc[diverged, ["loss", "parent_loss", "ptq_bits"]].isna().all(axis=None)
+        assert losses.loc[~diverged, "loss"].notna().all()
+    damage = json.loads((results / "damage/damage.json").read_text())
+    assert {entry["method"]: entry["rows_diverged"] for entry in damage["damages"]} == {"rtn": 4, "higgs": 4}
+    assert all(entry["rows"] + entry["rows_without_damage"] == 4 for entry in damage["damages"])
+    assert not list(results.glob("ptq/*wild*/packed.safetensors"))
+    assert 'id="damage"' in (results / "report.html").read_text()
+    assert jobs(tmp_path, WITH_DIVERGED) == {}

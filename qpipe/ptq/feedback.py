@@ -97,8 +97,6 @@ class _Columns:
     def __init__(self, weight: Tensor, layout: Layout, depth: Tensor, kind: Kind, offset: bool) -> None:
         self.layout, self.depth, self.kind, self.offset = layout, depth, kind, offset
         self.book: Tables = tables(kind, weight.device)
-        # Borders beyond the deepest group's are infinite and would only be copied about.
-        self.borders = self.book.borders[:, : 2 ** int(depth.max())].contiguous()
         self.codes = torch.empty(weight.T.shape, dtype=torch.uint8, device=weight.device)
         self.per_cluster = layout.width // layout.columns
         groups = torch.zeros(layout.groups, device=weight.device)
@@ -126,9 +124,8 @@ class _Columns:
         """Round one column, shape (out,): keep its codes, return its values."""
         group = self.layout.cluster * self.per_cluster + column // self.layout.columns
         depth, scale, offset = self.depth[group], self.found.scale[group], self.found.offset[group]
-        y = standardise(weight, scale, offset)
-        code = torch.searchsorted(self.borders[depth], y[:, None]).squeeze(1)
-        self.codes[column] = code.to(torch.uint8)
+        code = self.book.nearest(standardise(weight, scale, offset), depth)
+        self.codes[column] = code
         return offset + scale * self.book.levels.flatten()[code + depth * self.book.levels.shape[1]]
 
     def result(self) -> tuple[Fit, Tensor]:

@@ -1,7 +1,6 @@
 """What is said about a quantized checkpoint, measured on the packed file after reading it back."""
 
 import math
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -9,18 +8,17 @@ from torch import Tensor
 from qpipe.ptq.layer import Bits, QuantizedLayer
 from qpipe.ptq.linearity import divergence
 from qpipe.ptq.network import Network
-from qpipe.ptq.packed import build, read_packed
 from qpipe.ptq.result import LayerResult
 from qpipe.ptq.text import Text
 
 
-def measure_losses(path: Path, dense: Network, text: Text, tokens: int | None) -> dict[str, float | int]:
+def measure_losses(stored: Network, dense: Network, text: Text, tokens: int | None) -> dict[str, float | int]:
     """Return `loss`, `dense_loss` and `validation_tokens` on the validation split, `selection_loss` and `perplexity`.
 
     Parameters
     ----------
-    path
-        The packed file.
+    stored
+        The packed file, read back.
     dense
         The network with its dense weights.
     text
@@ -28,7 +26,6 @@ def measure_losses(path: Path, dense: Network, text: Text, tokens: int | None) -
     tokens
         About how many validation tokens; None for all.
     """
-    stored = build(read_packed(path), dense.device)
     windows = text.evaluation_windows(tokens)
     loss = text.evaluate(stored, windows)
     return {
@@ -41,13 +38,12 @@ def measure_losses(path: Path, dense: Network, text: Text, tokens: int | None) -
 
 
 @torch.no_grad()
-def measure_distortion(path: Path, dense: Network, text: Text, probe: str) -> float:
+def measure_distortion(stored: Network, dense: Network, text: Text, probe: str) -> float:
     """Return the error per token of the probed output on held-out text, in the unit of the prediction.
 
     Probe `hidden`: squared distance of the hidden states. Probe `loss`: twice the divergence of the predictions, which
     for small errors is the Fisher-weighted square that was predicted.
     """
-    stored = build(read_packed(path), dense.device)
     total = tokens = 0.0
     for batch in text.selection_batches():
         with dense.arithmetic():

@@ -23,7 +23,8 @@ from qpipe.train.results import RECORD, WEIGHTS, file_digest, load_weights
 
 ARCHITECTURES = ("llama", "opt")
 """Hugging Face model types whose blocks are known."""
-_LOGITS_AT_ONCE = 2**26
+_LOGITS_AT_ONCE = {"cpu": 2**23, "cuda": 2**28}
+"""Enough rows for a product at full speed; on a CPU few enough that the logits need not go far from the cache."""
 
 
 @dataclass(frozen=True)
@@ -130,10 +131,9 @@ class Network(nn.Module):
     @torch.no_grad()
     def token_losses(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Return each token's cross-entropy (nats), (B, T), float32."""
-        if isinstance(self.model, Decoder):
-            return self.model.token_losses(tokens, targets)
         hidden, flat = self.hidden(tokens).flatten(0, 1), targets.flatten()
-        rows = max(16, _LOGITS_AT_ONCE // self.vocab_size)
+        at_once = _LOGITS_AT_ONCE.get(self.device.type, _LOGITS_AT_ONCE["cuda"])
+        rows = max(16, at_once // self.vocab_size)
         losses = [
             F.cross_entropy(self.head(part).float(), target, reduction="none")
             for part, target in zip(hidden.split(rows), flat.split(rows), strict=True)

@@ -82,11 +82,11 @@ def unpack_layer(tensors: dict[str, Tensor], described: dict[str, Any]) -> Quant
     (out, width), (rows, columns), distinct = described["shape"], described["group"], described["depths"]
     layout = plain_layout(out, width, rows, columns)
     if "clusters" in tensors:
-        cluster = _unbits(tensors["clusters"], (layout.clusters - 1).bit_length(), out)
+        cluster = _unbits(tensors["clusters"], (layout.clusters - 1).bit_length(), out).long()
         layout = Layout(rows, columns, cluster, width)
     depth = torch.full((layout.groups,), distinct[0])
     if len(distinct) > 1:
-        depth = torch.tensor(distinct)[_unbits(tensors["depths"], depth_bits(len(distinct)), layout.groups)]
+        depth = torch.tensor(distinct)[_unbits(tensors["depths"], depth_bits(len(distinct)), layout.groups).long()]
     scale = torch.zeros(layout.groups)
     scale[depth > 0] = tensors["scales"].float()
     offset = tensors["offsets"].float() if "offsets" in tensors else torch.zeros(layout.groups)
@@ -230,21 +230,41 @@ def _unpack_codes(packed: Tensor, depth: Tensor, distinct: list[int], size: int)
         if bits == 0:
             continue
         stop = start + -(-count * bits // 8)
-        codes[members] = _unbits(packed[start:stop], bits, count).to(torch.uint8).view(-1, size)
+        codes[members] = _unbits(packed[start:stop], bits, count).view(-1, size)
         start = stop
     return codes
 
 
 def _bits(values: Tensor, width: int) -> Tensor:
-    """Pack whole numbers into `width` bits each."""
-    shifts = np.arange(width - 1, -1, -1)
-    numbers: NDArray[np.int64] = values.cpu().numpy().astype(np.int32 if width > 8 else np.uint8)
-    bits = (numbers[:, None] >> shifts.astype(numbers.dtype)) & 1
-    return torch.from_numpy(np.packbits(bits.astype(np.uint8).ravel()))
+    """Pack whole numbers into `width` bits each (1 to 16).
+
+    Up to 8 bits, eight numbers fill `width` bytes: they are put side by side in one 64-bit word. Wider numbers, of
+    which there are few, go bit by bit.
+    """
+    numbers: NDArray[np.int64] = values.cpu().numpy()
+    if width > 8:
+        shifts = np.arange(width - 1, -1, -1)
+        return torch.from_numpy(np.packbits(((numbers[:, None] >> shifts) & 1).astype(np.uint8).ravel()))
+    eights = np.zeros((-(-len(numbers) // 8), 8), np.uint8)
+    eights.ravel()[: len(numbers)] = numbers
+    words = np.zeros(len(eights), np.uint64)
+    for column in eights.T:
+        words = words << np.uint64(width) | column
+    packed = words.astype(">u8").view(np.uint8).reshape(-1, 8)[:, 8 - width :]
+    return torch.from_numpy(packed.ravel()[: -(-len(numbers) * width // 8)].copy())
 
 
 def _unbits(packed: Tensor, width: int, count: int) -> Tensor:
-    """Unpack `count` numbers of `width` bits, int64."""
-    bits = np.unpackbits(packed.numpy(), count=count * width).reshape(count, width)
-    weights = (1 << np.arange(width - 1, -1, -1)).astype(np.int64)
-    return torch.from_numpy(bits @ weights)
+    """Unpack `count` numbers of `width` bits, uint8; int64 for more than 8 bits."""
+    if width > 8:
+        bits = np.unpackbits(packed.numpy(), count=count * width).reshape(count, width)
+        return torch.from_numpy(bits @ (1 << np.arange(width - 1, -1, -1)).astype(np.int64))
+    data = np.zeros(-(-count // 8) * width, np.uint8)
+    data[: len(packed)] = packed.numpy()
+    words = np.zeros(len(data) // width, np.uint64)
+    for column in data.reshape(-1, width).T:
+        words = words << np.uint64(8) | column
+    eights = np.empty((len(words), 8), np.uint8)
+    for place in range(8):
+        eights[:, place] = words >> np.uint64(width * (7 - place)) & np.uint64(2**width - 1)
+    return torch.from_numpy(eights.ravel()[:count])

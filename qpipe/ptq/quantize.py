@@ -25,7 +25,7 @@ from qpipe.identity import digest
 from qpipe.ptq.layer import QuantizedLayer
 from qpipe.ptq.measure import describe_layer, measure_distortion, measure_losses, total_bits, zero_bit_share
 from qpipe.ptq.network import Network, Source, diverged_run, load_network
-from qpipe.ptq.packed import write_packed
+from qpipe.ptq.packed import build, read_packed, write_packed
 from qpipe.ptq.planning import LayerTask, Plan
 from qpipe.ptq.result import PACKED, RESULT, RUNTIME, PtqResult, Target, load_result
 from qpipe.ptq.rounding import Pieces, round_independently, round_streaming
@@ -180,9 +180,10 @@ def _measure(path: Path, dense: Network, text: Text | None, request: Request) ->
     if text is None:
         return {}
     log.info("evaluating the packed file")
-    found: dict[str, Any] = measure_losses(path, dense, text, request.validation_tokens)
+    stored = build(read_packed(path), dense.device)
+    found: dict[str, Any] = measure_losses(stored, dense, text, request.validation_tokens)
     if request.method.needs_sensitivities:
-        found["measured_distortion"] = measure_distortion(path, dense, text, request.method.probe)
+        found["measured_distortion"] = measure_distortion(stored, dense, text, request.method.probe)
     broken = [name for name in ("loss", "dense_loss") if not math.isfinite(found[name])]
     found = {name: value if math.isfinite(value) else None for name, value in found.items()}
     if broken:
