@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from qpipe.ptq.fitting import Fit, Tables, fit_groups, standardise, tables
+from qpipe.ptq.fitting import Fit, Rounder, Tables, fit_groups, tables
 from qpipe.ptq.groups import Layout, largest_divisor
 from qpipe.ptq_methods import Kind
 
@@ -75,7 +75,7 @@ def round_with_feedback(
         errors = torch.empty(stop - start, w.shape[1], device=w.device)
         for i in range(start, stop):
             if i % layout.columns == 0:
-                state.fit(i, w)
+                state.begin(places[i], w)
             error = errors[i - start]
             torch.sub(w[i], state.round(places[i], w[i]), out=error)
             error /= factor[i, i]
@@ -104,11 +104,15 @@ class _Columns:
         if layout.columns == 1:
             self.found = fit_groups(layout.gather(weight), depth, kind, offset)
 
-    def fit(self, column: int, weight: Tensor) -> None:
-        """Fit the groups that start at a column on the present weights, (in, out)."""
+    def begin(self, column: int, weight: Tensor) -> None:
+        """Begin with the groups that start at a column; fit them on the present weights, (in, out), if not yet done."""
+        if self.layout.columns > 1:
+            self._fit(column, weight)
+        group = self.layout.cluster * self.per_cluster + column // self.layout.columns
+        self.rounder = Rounder(self.depth[group], self.found.scale[group], self.found.offset[group], self.book)
+
+    def _fit(self, column: int, weight: Tensor) -> None:
         layout = self.layout
-        if layout.columns == 1:
-            return
         stop = column + layout.columns
         part = Layout(layout.rows, layout.columns, layout.cluster, layout.columns)
         members = torch.arange(layout.clusters, device=weight.device) * self.per_cluster + column // layout.columns
@@ -122,11 +126,9 @@ class _Columns:
 
     def round(self, column: int, weight: Tensor) -> Tensor:
         """Round one column, shape (out,): keep its codes, return its values."""
-        group = self.layout.cluster * self.per_cluster + column // self.layout.columns
-        depth, scale, offset = self.depth[group], self.found.scale[group], self.found.offset[group]
-        code = self.book.nearest(standardise(weight, scale, offset), depth)
-        self.codes[column] = code
-        return offset + scale * self.book.levels.flatten()[code + depth * self.book.levels.shape[1]]
+        codes = self.rounder.codes(weight)
+        self.codes[column] = codes
+        return self.rounder.values(codes)
 
     def result(self) -> tuple[Fit, Tensor]:
         """Return the fit and the codes by group."""

@@ -51,12 +51,6 @@ class Tables:
     before: Tensor
     best: tuple[float, ...]
 
-    def nearest(self, y: Tensor, depth: Tensor) -> Tensor:
-        """Return the codes (int64) of standardised numbers, each at its own depth; shapes go together."""
-        # float64 holds number and depth side by side to 1e-12; no border lies beyond 12 deviations.
-        place = y.double().clamp_(-_APART / 4, _APART / 4).add_(_APART * depth)
-        return torch.searchsorted(self.joined, place).sub_(self.before[depth])
-
 
 @lru_cache
 def tables(kind: Kind, device: torch.device) -> Tables:
@@ -243,6 +237,34 @@ def decode(codes: Tensor, depth: Tensor, scale: Tensor, offset: Tensor, book: Ta
     """Return the values of codes (groups, size), float32; depth, scale and offset are (groups,)."""
     level = book.levels.flatten()[codes.int() + depth[:, None].int() * book.levels.shape[1]]
     return offset[:, None] + scale[:, None] * level
+
+
+class Rounder:
+    """Rounds one number of each of many groups at a time; what depends on the groups alone is prepared once.
+
+    Parameters
+    ----------
+    depth, scale, offset
+        Of the numbers' groups, shape (numbers,).
+    book
+        Code books.
+    """
+
+    def __init__(self, depth: Tensor, scale: Tensor, offset: Tensor, book: Tables) -> None:
+        self.scale, self.offset, self.book = scale, offset, book
+        self.inverse = torch.where(scale > 0, 1 / scale, 0.0)
+        self.moved, self.before = _APART * depth.double(), book.before[depth]
+        self.levels, self.row = book.levels.flatten(), depth * book.levels.shape[1]
+
+    def codes(self, numbers: Tensor) -> Tensor:
+        """Return the codes of numbers (numbers,), int64."""
+        # float64 holds number and depth side by side to 1e-12; no border lies beyond 12 deviations.
+        place = ((numbers - self.offset) * self.inverse).double().clamp_(-_APART / 4, _APART / 4)
+        return torch.searchsorted(self.book.joined, place.add_(self.moved)).sub_(self.before)
+
+    def values(self, codes: Tensor) -> Tensor:
+        """Return what codes (numbers,) stand for."""
+        return torch.addcmul(self.offset, self.scale, self.levels[codes + self.row])
 
 
 def standardise(weights: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
