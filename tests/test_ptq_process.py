@@ -389,3 +389,16 @@ def test_tempering_never_raises_the_held_out_loss(place, tmp_path):
     assert chosen.power in (1.0, 0.5, 0.0)
     if chosen.power != 1.0:
         assert chosen.predicted_distortion >= full.predicted_distortion  # no other plan has a smaller prediction
+
+
+def test_evenly_spread_depths_compete_once_errors_are_fed_back(place, tmp_path):
+    """On the same calibration text, so even depths alone are one of the two candidates."""
+    common = {"bits": 2.2, "iterations": 1}
+    even = quantize(place, tmp_path / "even", allocation="uniform", tempered=False, **common)
+    chosen = quantize(place, tmp_path / "chosen", tempered=True, **common)
+    assert chosen.selection_loss <= even.selection_loss + 1e-6
+    if chosen.power is None:
+        assert chosen.selection_loss == pytest.approx(even.selection_loss, abs=1e-6)
+        assert chosen.allocation_gap is None
+    assert chosen.predicted_distortion > 0
+    assert 2.2 - 0.02 < chosen.bits_per_weight <= 2.2

@@ -101,14 +101,14 @@ class Plan:
     gain
         Partition gain in bits per weight, None without sensitivities.
     power
-        Power of the sensitivities that depths were chosen for; 1 unless tempered.
+        Power of the sensitivities that depths were chosen for: 1 unless tempered, None where they are spread evenly.
     """
 
     depths: dict[str, Tensor]
     predicted: float | None
     gap: float | None
     gain: float | None
-    power: float = 1.0
+    power: float | None = 1.0
 
     def digest(self) -> str:
         """Return a digest of the depths."""
@@ -174,7 +174,7 @@ class Planner:
                 f"{(self.fixed + least) / self.weights:.3f}; ask for more bits or for larger groups (rows, columns)"
             )
         choice, gap = self._choose(budget) if self.payload_only else self._with_indices(budget)
-        return Plan(self._by_layer(choice), self._predict(choice), gap, self._gain())
+        return Plan(self._by_layer(choice), self._predict(choice), gap, self.gain())
 
     def _with_indices(self, budget: float) -> tuple[NDArray[np.int64], float | None]:
         """Choose depths whose indices fit in the budget too.
@@ -291,7 +291,8 @@ class Planner:
             return None
         return float(self.costs[np.arange(len(choice)), choice].sum())
 
-    def _gain(self) -> float | None:
+    def gain(self) -> float | None:
+        """Return the partition gain in bits per weight, None without sensitivities."""
         return partition_gain(self.scores, self.sizes) if self.method.needs_sensitivities else None
 
     def _slices(self) -> list[slice]:

@@ -104,8 +104,8 @@ def quantize_checkpoint(
     search = Search(network, exact, text, request.method, request.target, request.seed, out / "scratch", identity)
     with torch.no_grad():
         tasks, plan = search.run()
-        pieces = Pieces(out / "scratch", f"{identity} {plan.digest()}")
-        layers = _round(network, tasks, plan, request.method, text, pieces)
+        plans = [plan, *search.rivals(tasks)]
+        layers, plan = _best_rounded(network, exact, tasks, plans, request.method, text, out / "scratch", identity)
     write_packed(out / PACKED, layers, source.description, network.model)
     exact.restore(network)
     measured = _measure(out / PACKED, network, text, request)
@@ -164,6 +164,35 @@ def check_folder(out: Path, identity: str) -> PtqResult | None:
     if strangers:
         raise QpipeError(f"{out} exists and holds other files ({', '.join(strangers[:3])}); choose another folder")
     return None
+
+
+def _best_rounded(
+    network: Network,
+    exact: Exact,
+    tasks: dict[str, LayerTask],
+    plans: list[Plan],
+    method: Method,
+    text: Text | None,
+    scratch: Path,
+    identity: str,
+) -> tuple[dict[str, QuantizedLayer], Plan]:
+    """Round the network for good by each plan; return what has the least held-out loss, and its plan."""
+    best, least = None, math.nan
+    for number, plan in enumerate(plans):
+        exact.restore(network)
+        layers = _round(
+            network, tasks, plan, method, text, Pieces(scratch / f"{number}", f"{identity} {plan.digest()}")
+        )
+        if len(plans) > 1:
+            assert text is not None
+            loss = text.selection(network)
+            log.info("depths %s: held-out loss %.4f", "as searched" if number == 0 else "spread evenly", loss)
+        else:
+            loss = math.nan
+        if best is None or loss < least:
+            best, least = (layers, plan), loss
+    assert best is not None
+    return best
 
 
 def _round(

@@ -62,7 +62,10 @@ class PtqResult(_Frozen):
     zero_bit_share: float | None = Field(description="share of weights in groups of 0 bits")
     allocation_gap: float | None = Field(description="allocation's cost is at most this share above the optimum")
     partition_gain: float | None = Field(description="bits per weight that groups save by the closed form (gamma)")
-    power: float | None = Field(default=None, description="power of the sensitivities that depths were chosen for")
+    power: float | None = Field(
+        default=None,
+        description="power of the sensitivities that depths were chosen for; none: spread evenly, or no sensitivities",
+    )
     predicted_distortion: float | None = Field(description="predicted error of the probed output per token")
     measured_distortion: float | None = Field(default=None, description="measured on the selection split, same unit")
     selection_loss: float | None = Field(

@@ -153,6 +153,19 @@ class Search:
                 loss = other_loss
         return loss, plan
 
+    def rivals(self, tasks: dict[str, LayerTask]) -> list[Plan]:
+        """Return the plans that compete with the one found once errors are fed back: evenly spread depths.
+
+        Error feedback makes up for more where all groups are coarse alike, which no sum over groups predicts. For a
+        target in loss there is none: plans for it differ in size.
+        """
+        if not (self.method.tempered and self.method.feedback) or self.target.max_loss_increase is not None:
+            return []
+        even = self.method.model_copy(update={"allocation": "uniform"})
+        plan = self._solve(Planner(tasks, even, None, self.target.payload_only))
+        planner = self._planner(tasks)
+        return [replace(plan, predicted=planner.predicted(plan), gain=planner.gain(), power=None)]
+
     def _tasks(self, state: Progress | None) -> dict[str, LayerTask]:
         """Cut all layers into groups: as in an earlier round, or anew."""
         layouts = {} if state is None else state.layouts
