@@ -37,6 +37,7 @@ from qpipe.train.data import Batches
 from qpipe.train.history import History
 from qpipe.train.lightning_import import LightningEnvironment, lightning
 from qpipe.train.module import TrainingModule
+from qpipe.train.pretrain import OURS
 from qpipe.train.step import TrainingStep, make_optimizer
 
 WARM_STEPS = 12
@@ -251,15 +252,9 @@ def time_lightning(run: Run, options: argparse.Namespace) -> tuple[Clock, float]
         plugins=[LightningEnvironment()],
         precision="bf16-mixed",
         max_steps=options.steps,
-        max_epochs=-1,
         callbacks=[timer],
         logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        limit_val_batches=0,
-        use_distributed_sampler=False,
+        **OURS,
     )
     trainer.fit(module)
     return timer.clock, module.seconds_waited / (timer.clock.per_step * options.steps)

@@ -26,7 +26,7 @@ from qpipe.huggingface import projections
 from qpipe.model import Decoder
 
 _WORD = 32
-_LISTED = "model.safetensors"
+_WEIGHTS = "model.safetensors"
 
 
 def why_not(representation: Representation) -> list[str]:
@@ -84,7 +84,7 @@ def write_quantized_llama(model: Decoder, representation: Representation, folder
     assert representation.weights is not None
     grid = representation.weights.parsed_grid
     assert grid is not None
-    tensors = safetensors.torch.load_file(folder / _LISTED)
+    tensors = safetensors.torch.load_file(folder / _WEIGHTS)
     blocks: Any = model.blocks
     for number, block in enumerate(blocks):
         stored = {layer: _integers(layer) for layer in (block.attention.qkv, block.attention.out)}
@@ -94,7 +94,7 @@ def write_quantized_llama(model: Decoder, representation: Representation, folder
             prefix = f"model.layers.{number}.{name}.weight"
             del tensors[prefix]
             tensors |= _stored(prefix, values[rows], scales[rows], grid)
-    safetensors.torch.save_file(tensors, folder / _LISTED, {"format": "pt"})
+    safetensors.torch.save_file(tensors, folder / _WEIGHTS, {"format": "pt"})
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["quantization_config"] = _configuration(representation, grid)
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")

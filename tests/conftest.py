@@ -5,6 +5,13 @@ from typing import Any
 import pytest
 
 
+@pytest.fixture
+def untracked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No W&B, and scratch beside the results."""
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.delenv("QPIPE_SCRATCH", raising=False)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     from xdist.scheduler import LoadScopeScheduling

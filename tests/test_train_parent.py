@@ -30,12 +30,7 @@ from qpipe.train.schedule import run_learning_rate
 from qpipe.train.validation import Validation
 
 RESULTS = ("record.json", "model.safetensors")
-
-
-@pytest.fixture(autouse=True)
-def _no_tracking(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    monkeypatch.delenv("QPIPE_SCRATCH", raising=False)
+pytestmark = pytest.mark.usefixtures("untracked")
 
 
 @pytest.fixture(scope="module")

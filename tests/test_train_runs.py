@@ -25,11 +25,7 @@ from qpipe.train.evaluate import evaluate_run
 from qpipe.train.pretrain import train_run
 from qpipe.train.schedule import learning_rate
 
-
-@pytest.fixture(autouse=True)
-def _no_tracking(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    monkeypatch.delenv("QPIPE_SCRATCH", raising=False)
+pytestmark = pytest.mark.usefixtures("untracked")
 
 
 @pytest.fixture(scope="module")

@@ -117,8 +117,11 @@ def _new_folder(folder: Path) -> Iterator[Path]:
         raise QpipeError(f"{folder} exists already; give a new folder")
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    yield temporary
-    temporary.rename(folder)
+    try:
+        yield temporary
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _save_llama(model: "Decoder", folder: Path) -> None:

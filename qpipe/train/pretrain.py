@@ -28,6 +28,17 @@ from qpipe.train.store import open_store
 from qpipe.train.tracking import Tracking
 from qpipe.train.validation import Validation, diverged, sequences_at_once
 
+OURS: dict[str, Any] = {
+    "max_epochs": -1,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+    "limit_val_batches": 0,
+    "use_distributed_sampler": False,
+}
+"""What Lightning's trainer leaves to this package."""
+
 log = logging.getLogger("qpipe.train")
 
 
@@ -135,16 +146,10 @@ def make_trainer(
         plugins=[DurableCheckpointIO(), LightningEnvironment()],
         precision="bf16-mixed" if run.training.precision == "bf16" else "32-true",
         max_steps=run.steps,
-        max_epochs=-1,
         callbacks=[*callbacks, timed, StopOnSignal(timed)],
         logger=logger or False,
         default_root_dir=scratch.folder,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        limit_val_batches=0,
-        use_distributed_sampler=False,
+        **OURS,
     )
 
 
