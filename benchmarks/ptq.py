@@ -186,12 +186,12 @@ def take(row: dict[str, Any], rows: list[dict[str, Any]], maps: dict[str, Any], 
 
 
 def speed(args: argparse.Namespace) -> None:
-    """Time cvxq and gptq on random weights, one after the other."""
+    """Time cvxq and gptq (or the methods of --only) on random weights, one after the other."""
     rows = []
     for size in args.sizes:
         run = random_run(args.out / "random" / size, size)
         store = random_store(args.out / "random" / "tokens")
-        for name in ("cvxq", "gptq"):
+        for name in args.only or ("cvxq", "gptq"):
             out = args.out / "random" / f"{size}-{name}-{time.time_ns()}"
             changes = {} if args.sequences is None else {"sequences": args.sequences}
             request = Request(get_method(name, **changes), Target(bits=3.0))
@@ -221,7 +221,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, help="calibration sequences per round in `speed`")
     parser.add_argument("--iterations", type=int, default=200, help="AutoRound's iterations in `peers`")
     parser.add_argument("--validation-tokens", type=int)
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="some of the compared methods and allocators")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="some of the compared methods or allocators")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,8 @@ _SPLIT_CAPTION = (
     "representation: at 0 % from scratch, at 100 % a dense model that is rounded. A bar that reaches zero cannot be "
     "told from the best split."
 )
+_AIR = 2.0
+"""Points are off the axis beyond so many times the largest excess of a split that trains at all."""
 _LENGTH_CAPTION = (
     "Each point finetunes the same dense model for the number of tokens on the axis. A bar that reaches zero cannot be "
     "told from the best length: from there on finetuning has saturated."
@@ -36,9 +38,8 @@ def _split_chart(curves: list[Curve], mode: str, split: bool, noise: float) -> C
     shown = {curve.representation: None for curve in curves}
     colours = {name: look for name, look in looks(shown).items() if name in shown}
     budgets = list({(curve.n, curve.d): None for curve in curves})
-    everything = [value for curve in curves for value in (*_ends(curve)[0], *_ends(curve)[1])]
     unit = 100.0 if split else 1.0
-    y = numeric_axis("excess over the best (nats/token)", everything, include=(0.0,))
+    y = numeric_axis("excess over the best (nats/token)", _shown(curves), include=(0.0,))
     panels = []
     for n, d in budgets:
         marks: list[Mark] = []
@@ -76,11 +77,23 @@ def _split_chart(curves: list[Curve], mode: str, split: bool, noise: float) -> C
         title=f"How to split a budget between dense training and finetuning ({mode})"
         if split
         else f"How many tokens finetuning needs ({mode})",
-        subtitle=f"{sum(int(c.runs.sum()) for c in curves)} runs; {known}",
+        subtitle=f"{sum(int(c.runs.sum()) for c in curves)} runs; {known}{_beyond(curves, y.limits[1])}",
         caption=_SPLIT_CAPTION if split else _LENGTH_CAPTION,
         panels=tuple(panels),
         looks=colours,
     )
+
+
+def _shown(curves: list[Curve]) -> list[float]:
+    """Return what the axis must hold: all points, but not how far a low-bit model that is only rounded falls behind."""
+    trained = [float(v) for c in curves for ends in _ends(c) for v, at in zip(ends, c.at, strict=True) if at < 1]
+    every = [float(v) for c in curves for ends in _ends(c) for v in ends]
+    return [v for v in every if v <= _AIR * max(trained)] if trained and curves[0].axis == "share" else every
+
+
+def _beyond(curves: list[Curve], top: float) -> str:
+    names = {c.representation: None for c in curves if float((c.loss - c.loss.min()).max()) > top}
+    return f"; off the axis: {', '.join(names)} only rounded" if names else ""
 
 
 def _ends(curve: Curve) -> tuple[Any, Any]:
