@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
     parser.add_argument("--at-once", type=int, nargs="*", default=[4], metavar="K")
     parser.add_argument("--ways", nargs="+", choices=["plain", "packed", "warm"], default=["plain", "packed", "warm"])
+    parser.add_argument("--no-fill", dest="fill", action="store_false", help="do not fill compile caches beforehand")
     parser.add_argument("--json", type=Path, help="write what was measured here, after each way")
     args = parser.parse_args()
     store = TokenStore.open(args.tokens_folder)
@@ -58,7 +59,7 @@ def main() -> None:
     print(f"{args.runs} runs of {args.tokens:,} tokens, {args.sizes} x {args.representations}", flush=True)
     with tempfile.TemporaryDirectory(prefix="packed-") as name:
         bench = Bench(Path(name), args.tokens_folder.absolute())
-        measured = {"ways": {}, "fill": bench.fill(runs[:kinds])}
+        measured = {"ways": {}, "fill": bench.fill(runs[:kinds]) if args.fill else []}
         for first, second in measured["fill"]:
             print(f"a kind's first run {first:.1f} s, with caches filled {second:.1f} s", flush=True)
         losses: dict[str, dict[str, float]] = {}
