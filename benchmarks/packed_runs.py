@@ -27,6 +27,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from qpipe.corpus.store import TokenStore
 from qpipe.formats import resolve
@@ -59,7 +60,7 @@ def main() -> None:
     print(f"{args.runs} runs of {args.tokens:,} tokens, {args.sizes} x {args.representations}", flush=True)
     with tempfile.TemporaryDirectory(prefix="packed-") as name:
         bench = Bench(Path(name), args.tokens_folder.absolute())
-        measured = {"ways": {}, "fill": bench.fill(runs[:kinds]) if args.fill else []}
+        measured: dict[str, Any] = {"ways": {}, "fill": bench.fill(runs[:kinds]) if args.fill else []}
         for first, second in measured["fill"]:
             print(f"a kind's first run {first:.1f} s, with caches filled {second:.1f} s", flush=True)
         losses: dict[str, dict[str, float]] = {}
