@@ -3,8 +3,8 @@
     qpipe plan study.yaml --write plan/
     python benchmarks/loss_curves.py plan/runs/* --tokens TOKENS --json curves.json
 
-Each RUN (a folder with run.yaml) is trained twice as it is and once plainly. On a GPU sums have no fixed order and a run
-is not reproduced to the digit, so the difference between the first two says how much of a difference is noise.
+Each RUN (a folder with run.yaml) is trained twice as it is and once plainly. On a GPU sums have no fixed order and a
+run is not reproduced to the digit, so the difference between the first two says how much of a difference is noise.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from typing import Any
 
 import pandas as pd
 
-WAYS = {"fast": {}, "fast again": {}, "plain": {"QPIPE_COMPILE": "0", "QPIPE_CAPTURE": "0"}}
+WAYS: dict[str, dict[str, str]] = {"fast": {}, "fast again": {}, "plain": {"QPIPE_COMPILE": "0", "QPIPE_CAPTURE": "0"}}
 
 
 def main() -> None:
