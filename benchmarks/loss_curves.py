@@ -32,7 +32,13 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="curves-") as name, ThreadPoolExecutor(args.at_once) as pool:
         jobs = [(run, way, Path(name) / run.name / way.replace(" ", "-")) for run in args.runs for way in WAYS]
-        curves = dict(zip([job[:2] for job in jobs], pool.map(lambda job: train(*job, args.tokens), jobs), strict=True))
+        curves = dict(
+            zip(
+                [job[:2] for job in jobs],
+                pool.map(lambda job: train(job[0], job[1], job[2], args.tokens), jobs),
+                strict=True,
+            )
+        )
     rows = [compared(run.name, {way: curves[run, way] for way in WAYS}) for run in args.runs]
     print(pd.DataFrame(rows).to_string(index=False), flush=True)
     if args.json:
