@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from training_cases import small_shape
 
 from qpipe.formats import resolve
@@ -256,6 +257,49 @@ def test_layer_coefficients_are_second_order_in_the_noise():
         smaller.append(divergence(network, reference, network.hidden(tokens).flatten(0, 1)) / 0.002)
     weight.data.copy_(exact)
     assert np.mean(smaller) == pytest.approx(np.mean([run[name] for run in runs]), rel=0.35)
+
+
+@pytest.mark.parametrize("width", [7, 256, 700, 2500])
+def test_second_moments_are_summed_block_by_block(width):
+    """Over several batches, for widths of one block, of whole blocks and of a part of one."""
+    moments = _Moments(second=True)
+    batches = torch.randn(3, 2, 5, width, generator=torch.Generator().manual_seed(width))
+    for x in batches:
+        moments.hook(torch.nn.Identity(), (x,), x)
+    rows = batches.double().flatten(0, 2)
+    found = moments.result().second_moment
+    assert torch.equal(found, found.T)
+    torch.testing.assert_close(found.double(), rows.T @ rows / len(rows), rtol=1e-5, atol=1e-5)
+
+
+class Operations(TorchDispatchMode):
+    """Counts what would be kernels on a GPU, and what would wait for it."""
+
+    VIEWS = ("view", "slice", "select", "unsqueeze", "squeeze", "t", "transpose", "expand", "detach", "empty", "split")
+    WAITS = ("_local_scalar_dense", "nonzero", "_unique2")
+
+    def __init__(self):
+        super().__init__()
+        self.kernels = self.waits = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        name = function.overloadpacket.__name__
+        self.kernels += name not in self.VIEWS
+        self.waits += name in self.WAITS
+        return function(*arguments, **(named or {}))
+
+
+def test_rounding_a_column_takes_few_kernels_and_waits_for_none():
+    """A column costs its launches on a GPU, about 10 us each, whatever its length: two widths give the slope."""
+    found = []
+    for width in (256, 512):
+        weight, layout = torch.randn(4, width), plain_layout(4, width, 1, width)
+        with Operations() as counted:
+            round_with_feedback(weight, torch.eye(width), layout, torch.tensor([2, 3, 3, 4]), "lloyd-max", False)
+        found.append((counted.kernels, counted.waits))
+    (few, before), (many, after) = found
+    assert before == after
+    assert (many - few) / 256 < 18
 
 
 def test_second_moments_stay_exact_while_the_model_runs_in_bfloat16():

@@ -6,7 +6,7 @@ the same for every choice (offsets, depth indices, clusters, biases) is taken fr
 """
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -14,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qpipe.compress.rotation import rotate
 from qpipe.errors import QpipeError
 from qpipe.ptq.allocation import (
     Allocator,
@@ -25,65 +24,14 @@ from qpipe.ptq.allocation import (
     spread_evenly,
 )
 from qpipe.ptq.codebooks import MAX_DEPTH
-from qpipe.ptq.fitting import depth_costs
-from qpipe.ptq.groups import Layout, clustered_layout, plain_layout
-from qpipe.ptq.layer import SCALE_BITS, depth_bits, rotation_block
+from qpipe.ptq.layer import SCALE_BITS, depth_bits
+from qpipe.ptq.tasks import LayerTask
 from qpipe.ptq_methods import Method
 
 _DEPTHS = np.arange(MAX_DEPTH + 1)
 _EIGHTHS = np.arange(0, MAX_DEPTH + 0.0625, 0.125)
 """Average depths of a layer that the per-layer allocator chooses from."""
-_IMPORTANCE_FLOOR = 0.01
-"""Share of the layer's mean sensitivity that every group has at least: estimates from few samples touch 0."""
 _REFINEMENTS = 6
-_TABLE_GROUPS = 256
-"""Groups of a layer that its distortion table is measured on."""
-
-
-@dataclass
-class LayerTask:
-    """One layer as planning and rounding see it.
-
-    Attributes
-    ----------
-    weight
-        Dense weight, rotated where the method rotates, (out, in), float32.
-    importance
-        Squared sensitivities, (out, in), or None for plain squared errors.
-    layout, rotation
-        Groups; block of the rotation (0: none).
-    adds_bias
-        Whether the method adds a bias that the model did not have.
-    errors
-        Squared error of every group at every depth, (groups, 9), float64, once it has been measured.
-    table
-        Error over variance at every depth, (9,), measured on some groups, once it has been. Both depend on the weight
-        and the layout alone, so they serve any number of rounds.
-    """
-
-    weight: Tensor
-    importance: Tensor | None
-    layout: Layout
-    rotation: int
-    adds_bias: bool
-    errors: Array | None = None
-    table: Array | None = None
-
-    def group_importance(self) -> Tensor:
-        """Return the mean squared sensitivity of each group, shape (groups,); ones where nothing was measured."""
-        if self.importance is None:
-            return torch.ones(self.layout.groups, device=self.weight.device)
-        groups = self.layout.gather(self.importance).mean(dim=1)
-        return groups.clamp_min(_IMPORTANCE_FLOOR * float(groups.mean()))
-
-    def tempered(self, power: float) -> "LayerTask":
-        """Return the same layer with its sensitivities raised to a power."""
-        return replace(self, importance=None if self.importance is None else self.importance**power)
-
-    def fixed_bits(self, method: Method) -> int:
-        """Bits that every choice of depths spends, without the indices of the depths."""
-        bits = self.layout.index_bits() + (self.layout.groups * SCALE_BITS if method.offset else 0)
-        return bits + (len(self.weight) * SCALE_BITS if self.adds_bias else 0)
 
 
 @dataclass
@@ -116,21 +64,6 @@ class Plan:
         for name, depth in self.depths.items():
             found.update(name.encode() + depth.cpu().numpy().tobytes())
         return found.hexdigest()[:16]
-
-
-def make_task(
-    weight: Tensor, importance: Tensor | None, method: Method, has_bias: bool, layout: Layout | None = None
-) -> LayerTask:
-    """Cut a layer (out, in) into the method's groups, or into given ones."""
-    rotation = rotation_block(method.rotation, weight.shape[1])
-    if rotation:
-        weight = rotate(weight, rotation)
-    if layout is None and method.clustered:
-        reference = torch.ones_like(weight) if importance is None else importance
-        layout = clustered_layout(weight, reference, method.rows, method.columns)
-    elif layout is None:
-        layout = plain_layout(len(weight), weight.shape[1], method.rows, method.columns, weight.device)
-    return LayerTask(weight, importance, layout, rotation, method.bias_correction and not has_bias)
 
 
 class Planner:
@@ -241,29 +174,13 @@ class Planner:
         if allocation == "closed-form":
             return self.scores[:, None] * self.sizes[:, None] * 4.0**-_DEPTHS
         tables = [
-            np.broadcast_to(self._distortion_table(task), (task.layout.groups, len(_DEPTHS)))
+            np.broadcast_to(task.distortion_table(self.method), (task.layout.groups, len(_DEPTHS)))
             for task in self.tasks.values()
         ]
         return self.scores[:, None] * self.sizes[:, None] * np.concatenate(tables)
 
-    def _distortion_table(self, task: LayerTask) -> Array:
-        """Measure D(B) of a layer, error over variance, on some of its groups, shape (9,)."""
-        if task.table is not None:
-            return task.table
-        groups = task.layout.gather(task.weight)
-        chosen = (
-            torch.linspace(0, len(groups) - 1, min(len(groups), _TABLE_GROUPS), device=groups.device).round().long()
-        )
-        errors = depth_costs(groups[chosen], self.method.codebook, self.method.offset).double().sum(dim=0).cpu().numpy()
-        # A layer of constants has nothing to lose at any depth.
-        task.table = np.asarray(errors / errors[0] if errors[0] > 0 else np.zeros(len(_DEPTHS)))
-        return task.table
-
     def _measured_costs(self, task: LayerTask) -> Array:
-        if task.errors is None:
-            errors = depth_costs(task.layout.gather(task.weight), self.method.codebook, self.method.offset)
-            task.errors = errors.double().cpu().numpy()
-        return task.errors * task.group_importance().double().cpu().numpy()[:, None]
+        return task.group_errors(self.method) * task.group_importance().double().cpu().numpy()[:, None]
 
     def _relative_costs(self, name: str, task: LayerTask, coefficient: float) -> Array:
         costs = self._measured_costs(LayerTask(task.weight, None, task.layout, task.rotation, task.adds_bias))
@@ -274,9 +191,7 @@ class Planner:
         """Return squared sensitivity x variance of each group; sensitivities count as 1 for allocation `variance`."""
         scores = []
         for task in self.tasks.values():
-            groups = task.layout.gather(task.weight)
-            center = groups.mean(dim=1, keepdim=True) if self.method.offset else 0.0
-            variance = (groups - center).square().mean(dim=1)
+            variance = task.group_variance(self.method)
             if task.importance is not None and self.method.allocation != "variance":
                 variance = variance * task.group_importance()
             scores.append(variance.double().cpu().numpy())

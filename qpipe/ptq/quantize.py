@@ -26,11 +26,12 @@ from qpipe.ptq.layer import QuantizedLayer
 from qpipe.ptq.measure import describe_layer, measure_distortion, measure_losses, total_bits, zero_bit_share
 from qpipe.ptq.network import Network, Source, diverged_run, load_network
 from qpipe.ptq.packed import build, read_packed, write_packed
-from qpipe.ptq.planning import LayerTask, Plan
+from qpipe.ptq.planning import Plan
 from qpipe.ptq.result import PACKED, RESULT, RUNTIME, PtqResult, Target, load_result
 from qpipe.ptq.rounding import Pieces, round_independently, round_streaming
 from qpipe.ptq.scratch import write_runtime
 from qpipe.ptq.search import Exact, Search
+from qpipe.ptq.tasks import LayerTask
 from qpipe.ptq.text import Text, choose_text
 from qpipe.ptq_methods import Method
 

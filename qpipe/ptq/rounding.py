@@ -15,8 +15,9 @@ from qpipe.ptq.fitting import encode, fit_groups, tables, to_half
 from qpipe.ptq.layer import QuantizedLayer, to_device
 from qpipe.ptq.network import Network, set_weight
 from qpipe.ptq.packed import pack_layer, unpack_layer
-from qpipe.ptq.planning import LayerTask, Plan
+from qpipe.ptq.planning import Plan
 from qpipe.ptq.streaming import Inputs, stream
+from qpipe.ptq.tasks import LayerTask
 from qpipe.ptq_methods import Method
 
 Report = Callable[[str], None]

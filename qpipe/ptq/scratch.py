@@ -13,8 +13,9 @@ import torch
 
 from qpipe.files import replacing, write_text
 from qpipe.ptq.groups import Layout
-from qpipe.ptq.planning import LayerTask, Plan
+from qpipe.ptq.planning import Plan
 from qpipe.ptq.sensitivity import Sensitivity
+from qpipe.ptq.tasks import LayerTask
 from qpipe.train.runtime import device_name, versions
 
 _FILE = "rounds.safetensors"

@@ -18,11 +18,12 @@ from qpipe.errors import QpipeError
 from qpipe.ptq.linearity import layer_coefficients
 from qpipe.ptq.network import Network, set_weight
 from qpipe.ptq.packed import header_bytes, remaining_tensors
-from qpipe.ptq.planning import LayerTask, Plan, Planner, make_task
+from qpipe.ptq.planning import Plan, Planner
 from qpipe.ptq.result import Target
 from qpipe.ptq.rounding import round_independently
 from qpipe.ptq.scratch import Progress, read_progress, write_progress
 from qpipe.ptq.sensitivity import Probe, Sensitivity, accumulate, hidden_probe, loss_probe, principal_basis
+from qpipe.ptq.tasks import LayerTask, make_task
 from qpipe.ptq.text import Text
 from qpipe.ptq_methods import Method
 

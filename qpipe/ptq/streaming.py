@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 from qpipe.ptq.network import Network
 
+_BLOCK = 256
+"""Least width of a block of second moments: narrower products are slower than what they save."""
+
 
 class _AtTheDoor(Exception):
     """Stops a forward pass once the first block has been called."""
@@ -117,12 +120,25 @@ class _Moments:
         total = x.sum(0, dtype=torch.float64)
         self.total = total if self.total is None else self.total + total
         if self.second:
+            if self.outer is None:
+                self.outer = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
             with torch.autocast(x.device.type, enabled=False):  # in bfloat16 the sum would not be positive definite
-                outer = (x.T @ x).double()
-            self.outer = outer if self.outer is None else self.outer.add_(outer)
+                _add_upper(self.outer, x)
 
     def result(self) -> Inputs:
         """Return the means."""
         assert self.total is not None
-        second = None if self.outer is None else (self.outer / self.tokens).float()
+        second = None
+        if self.outer is not None:
+            upper = (self.outer / self.tokens).float()
+            second = upper.triu() + upper.triu(1).T
         return Inputs((self.total / self.tokens).float(), second)
+
+
+def _add_upper(total: Tensor, x: Tensor) -> None:
+    """Add x^T x to `total` (in, in) in blocks, those below the diagonal left out: the matrix is symmetric."""
+    width = x.shape[1]
+    step = max(_BLOCK, -(-width // 8))
+    for start in range(0, width, step):
+        stop = min(start + step, width)
+        total[:stop, start:stop] += x[:, :stop].T @ x[:, start:stop]
