@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from test_laws_damage import TRUE, rounded, trained
+from test_laws_damage import TRUE, rounded, trained, with_diverged
 
 from qpipe.cli import main
 
@@ -28,6 +28,22 @@ def place(tmp_path_factory) -> Path:
 
 def run(*arguments: object) -> None:
     assert main([str(argument) for argument in arguments]) == 0
+
+
+def test_models_that_diverged_are_counted_in_print_and_on_the_page(place, tmp_path, capsys):
+    lost = with_diverged(rounded()).query("status == 'diverged'").assign(ptq_method="rtn")
+    table = pd.concat([trained(EFFS), with_diverged(rounded()), lost], ignore_index=True)
+    table.to_parquet(tmp_path / "losses.parquet")
+    law = ["--fit", place / "fit.json", "--bootstrap", 0]
+    run("damage", tmp_path / "losses.parquet", *law, "--out", tmp_path / "damage")
+    printed = capsys.readouterr().out
+    assert "27 models of 9 dense runs; 2 diverged and are left out" in printed
+    assert "rtn: not fitted: all of its 2 models diverged" in printed
+    (entry,) = json.loads((tmp_path / "damage/damage.json").read_text())["damages"]
+    assert entry["parameters"] == pytest.approx(TRUE, rel=1e-6)
+    lost.to_parquet(tmp_path / "lost.parquet")
+    run("damage", tmp_path / "lost.parquet", place / "trained.parquet", *law, "--out", tmp_path / "nothing")
+    assert json.loads((tmp_path / "nothing/damage.json").read_text())["damages"] == []
 
 
 def test_the_folder_holds_terms_comparison_and_figures(place):
