@@ -30,7 +30,7 @@ from qpipe.formats import Representation
 from qpipe.recipe import ModelShape, RopeScaling
 
 if torch.cuda.is_available():
-    from qpipe import triton_kernels
+    from qpipe import triton_kernels, triton_norm
 
 INIT_STD = 0.02
 """Standard deviation of initial weights; projections back into the residual get INIT_STD / sqrt(2 layers)."""
@@ -107,9 +107,20 @@ class Decoder(nn.Module):
         features = self.embedding(tokens_BT)
         length = tokens_BT.shape[1]
         cosine, sine = self.cosine[:length], self.sine[:length]
+        if features.is_cuda and torch.is_grad_enabled():
+            return self._hidden_with_joined_norms(features, cosine, sine)
         for block in self.blocks:
             features = block(features, cosine, sine)
         return self.norm(features)
+
+    def _hidden_with_joined_norms(self, features: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        """The same features, where each sum into the residual is taken together with the norm that reads it."""
+        blocks: list[Any] = list(self.blocks)
+        norms = [*(block.attention_norm.weight for block in blocks), self.norm.weight]
+        features, normed = add_norm(features, None, norms[0], self.shape.norm_epsilon)
+        for block, next_norm in zip(blocks, norms[1:], strict=True):
+            features, normed = block(features, cosine, sine, normed, next_norm)
+        return normed
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """Return logits (B, T, V)."""
@@ -143,10 +154,42 @@ class Block(nn.Module):
         self.feed_forward_norm = nn.RMSNorm(shape.width, shape.norm_epsilon, device=device)
         self.feed_forward = FeedForward(shape, representation, device)
 
-    def forward(self, features: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-        """Map features (B, T, D) to features."""
-        features = features + self.attention(self.attention_norm(features), cosine, sine)
-        return features + self.feed_forward(self.feed_forward_norm(features))
+    def forward(
+        self,
+        features: Tensor,
+        cosine: Tensor,
+        sine: Tensor,
+        normed: Tensor | None = None,
+        next_norm: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Map features (B, T, D) to features.
+
+        With `normed`, the features after this block's first norm, and `next_norm`, the weight of the norm that reads
+        the result, return the pair (features, features after that norm).
+        """
+        normed = self.attention_norm(features) if normed is None else normed
+        update = self.attention(normed, cosine, sine)
+        epsilon = self.feed_forward_norm.eps
+        if next_norm is None:
+            features = features + update
+            return features + self.feed_forward(self.feed_forward_norm(features))
+        features, normed = add_norm(features, update, self.feed_forward_norm.weight, epsilon)
+        return add_norm(features, self.feed_forward(normed), next_norm, epsilon)
+
+
+def add_norm(residual: Tensor, update: Tensor | None, weight: Tensor, epsilon: float | None) -> tuple[Tensor, Tensor]:
+    """Return residual + update (B, T, D) and its root-mean-square norm, in the precision in which products run."""
+    assert epsilon is not None
+    device = residual.device.type
+    if update is not None:
+        dtype = update.dtype
+    else:
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else residual.dtype
+    if residual.is_cuda:
+        both: tuple[Tensor, Tensor] = triton_norm.AddNorm.apply(residual, update, weight, epsilon, dtype)
+        return both
+    residual = residual if update is None else residual + update
+    return residual, F.rms_norm(residual, weight.shape, weight, epsilon).to(dtype)
 
 
 class Attention(nn.Module):

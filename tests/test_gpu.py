@@ -103,6 +103,32 @@ def test_swiglu(width: int):
 
 
 @on_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [6, 160, 640, 5000])
+@pytest.mark.parametrize("updated", [True, False])
+def test_sum_and_norm(dtype: torch.dtype, width: int, updated: bool):
+    from qpipe.triton_norm import AddNorm
+
+    torch.manual_seed(0)
+    given = [torch.randn(3, 700, width), torch.randn(3, 700, width).to(dtype), torch.rand(width) + 0.5]
+    incoming = [torch.randn(3, 700, width), torch.randn(3, 700, width).to(dtype)]
+    leaves = [tensor.cuda().requires_grad_() for tensor in given]
+    results = AddNorm.apply(leaves[0], leaves[1] if updated else None, leaves[2], 1e-5, dtype)
+    torch.autograd.backward(results, [gradient.cuda() for gradient in incoming])
+    exact = [tensor.double().requires_grad_() for tensor in given]
+    total = exact[0] + exact[1] if updated else exact[0]
+    expected = total, torch.nn.functional.rms_norm(total, (width,), exact[2], 1e-5)
+    torch.autograd.backward(expected, [gradient.double() for gradient in incoming])
+    coarse = 1e-5 if dtype == torch.float32 else 2**-7
+    assert torch.allclose(results[0].cpu().double(), expected[0], rtol=1e-5, atol=1e-5)
+    assert torch.allclose(results[1].cpu().double(), expected[1], rtol=coarse, atol=1e-5)
+    assert torch.allclose(leaves[0].grad.cpu().double(), exact[0].grad, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(leaves[2].grad.cpu().double(), exact[2].grad, rtol=1e-4, atol=1e-3)
+    if updated:
+        assert torch.allclose(leaves[1].grad.cpu().double(), exact[1].grad, rtol=coarse, atol=1e-5)
+
+
+@on_gpu
 def test_the_loss_on_a_gpu_is_that_on_a_cpu():
     torch.manual_seed(0)
     hidden, weight, targets = torch.randn(64, 32), torch.randn(100, 32), torch.randint(0, 100, (64,))

@@ -220,3 +220,18 @@ def test_embedding_head_and_norms_stay_in_high_precision() -> None:
     assert (kinds["embedding"], kinds["head"], kinds["norm"]) == ("Embedding", "Linear", "RMSNorm")
     compressed = {name.split(".", 2)[2] for name, kind in kinds.items() if kind == "CompressedLinear"}
     assert compressed == {name for name, _, _ in linear_shapes(decoder.shape)}
+
+
+def test_sums_joined_with_norms_change_no_number():
+    decoder = Decoder(small_shape(), DENSE)
+    decoder.initialize(0)
+    tokens = torch.arange(32).view(2, 16)
+    hidden = decoder.hidden(tokens)
+    hidden.square().sum().backward()
+    gradients = [parameter.grad for parameter in decoder.parameters()]
+    decoder.zero_grad()
+    joined = decoder._hidden_with_joined_norms(decoder.embedding(tokens), decoder.cosine, decoder.sine)
+    joined.square().sum().backward()
+    assert torch.equal(joined, hidden)
+    for parameter, gradient in zip(decoder.parameters(), gradients, strict=True):
+        assert parameter.grad is gradient is None or torch.allclose(parameter.grad, gradient, atol=1e-6)
