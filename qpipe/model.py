@@ -302,21 +302,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
             features, head = hidden.to(dtype), weight.to(dtype)
             rows = _chunk_rows(hidden.device, weight.shape[0])
             loss = hidden.new_zeros((), dtype=torch.float32)
-            hidden_gradient = torch.empty_like(hidden)
+            hidden_gradient = torch.empty_like(features)
             weight_gradient = torch.zeros_like(weight)
             for start in range(0, len(features), rows):
                 part, target = features[start : start + rows], targets[start : start + rows, None]
                 part_loss, gradient = _loss_and_gradient(part @ head.T, target, 1 / len(features))
                 loss += part_loss
-                hidden_gradient[start : start + rows] = gradient @ head
+                torch.mm(gradient, head, out=hidden_gradient[start : start + rows])
                 _add_product(weight_gradient, gradient, part)
         ctx.save_for_backward(hidden_gradient, weight_gradient)
+        ctx.dtype = hidden.dtype
         return loss / len(features)
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, Tensor, None]:
         hidden_gradient, weight_gradient = ctx.saved_tensors
-        return hidden_gradient * outputs[0], weight_gradient * outputs[0], None
+        return hidden_gradient.to(ctx.dtype) * outputs[0], weight_gradient * outputs[0], None
 
 
 def _loss_and_gradient(logits: Tensor, target: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -338,7 +339,7 @@ def _add_product(total: Tensor, gradient: Tensor, part: Tensor) -> None:
     if gradient.dtype == total.dtype:
         total.addmm_(gradient.T, part)
     elif total.is_cuda:
-        total += torch.mm(gradient.T, part, out_dtype=total.dtype)
+        torch.addmm(total, gradient.T, part, out_dtype=total.dtype, out=total)
     else:
         total += gradient.T @ part
 

@@ -6,7 +6,7 @@ from training_cases import small_run
 
 from qpipe.compress.masks import _first_by_rank, _first_by_sort, _kth_largest
 from qpipe.formats import catalogue_names
-from qpipe.model import Decoder, linear_cross_entropy, swiglu
+from qpipe.model import _CHUNK_ELEMENTS, Decoder, linear_cross_entropy, swiglu
 from qpipe.train.step import TrainingStep, make_optimizer
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -140,3 +140,23 @@ def test_the_loss_on_a_gpu_is_that_on_a_cpu():
         results.append([loss.cpu(), *(leaf.grad.cpu() for leaf in leaves)])
     for one, other in zip(*results, strict=True):
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
+@on_gpu
+def test_the_head_sums_its_gradient_over_chunks_in_float32(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(_CHUNK_ELEMENTS, "cuda", 16 * 100)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(64, 32).bfloat16(), torch.randn(100, 32).bfloat16()
+    targets = torch.randint(0, 100, (64,))
+    exact = [tensor.double().requires_grad_() for tensor in (hidden, weight)]
+    expected = torch.nn.functional.cross_entropy(exact[0] @ exact[1].T, targets)
+    expected.backward()
+    leaves = [hidden.cuda().requires_grad_(), weight.float().cuda().requires_grad_()]
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = linear_cross_entropy(*leaves, targets.cuda())
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-2)
+    for leaf, reference in zip(leaves, exact, strict=True):  # logits are rounded to 8 bits of mantissa
+        error = (leaf.grad.cpu().double() - reference.grad).norm() / reference.grad.norm()
+        assert error < 0.02
+    assert leaves[1].grad.dtype == torch.float32
