@@ -30,7 +30,7 @@ from qpipe.formats import Representation
 from qpipe.recipe import ModelShape, RopeScaling
 
 if torch.cuda.is_available():
-    from qpipe import triton_kernels, triton_norm
+    from qpipe import triton_kernels, triton_norm, triton_rotary
 
 INIT_STD = 0.02
 """Standard deviation of initial weights; projections back into the residual get INIT_STD / sqrt(2 layers)."""
@@ -206,9 +206,7 @@ class Attention(nn.Module):
         """Map normed features (B, T, D) to the attention's contribution to the residual."""
         batch, length, _ = features.shape
         qkv = self.qkv(features).view(batch, length, self.heads + 2 * self.kv_heads, self.head_dim)
-        query_key, value = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
-        query_key = rotate(query_key, cosine, sine)
-        query, key = query_key.split([self.heads, self.kv_heads], dim=2)
+        query, key, value = rotated_parts(qkv, cosine, sine, self.heads, self.kv_heads)
         mixed = F.scaled_dot_product_attention(
             query.transpose(1, 2),
             key.transpose(1, 2),
@@ -268,6 +266,18 @@ def rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     cosine, sine = cosine.to(heads.dtype), sine.to(heads.dtype)
     first, second = heads.chunk(2, dim=-1)
     return heads * cosine + torch.cat([-second, first], dim=-1) * sine
+
+
+def rotated_parts(
+    qkv: Tensor, cosine: Tensor, sine: Tensor, heads: int, kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return rotated queries, rotated keys and values of heads (B, T, heads + 2 kv_heads, head_dim)."""
+    if qkv.is_cuda:
+        parts: tuple[Tensor, Tensor, Tensor] = triton_rotary.Rotary.apply(qkv, cosine, sine, heads, kv_heads)
+        return parts
+    query_key, value = qkv.split([heads + kv_heads, kv_heads], dim=2)
+    query, key = rotate(query_key, cosine, sine).split([heads, kv_heads], dim=2)
+    return query, key, value
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

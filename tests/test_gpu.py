@@ -6,7 +6,7 @@ from training_cases import small_run
 
 from qpipe.compress.masks import _first_by_rank, _first_by_sort, _kth_largest
 from qpipe.formats import catalogue_names
-from qpipe.model import _CHUNK_ELEMENTS, Decoder, linear_cross_entropy, swiglu
+from qpipe.model import _CHUNK_ELEMENTS, Decoder, linear_cross_entropy, rotated_parts, swiglu
 from qpipe.train.step import TrainingStep, make_optimizer
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -126,6 +126,28 @@ def test_sum_and_norm(dtype: torch.dtype, width: int, updated: bool):
     assert torch.allclose(leaves[2].grad.cpu().double(), exact[2].grad, rtol=1e-4, atol=1e-3)
     if updated:
         assert torch.allclose(leaves[1].grad.cpu().double(), exact[1].grad, rtol=coarse, atol=1e-5)
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [(2, 9, 3, 1, 10), (3, 70, 5, 5, 32), (1, 300, 4, 2, 128)])
+def test_rotary_positions(dtype: torch.dtype, sizes: tuple[int, int, int, int, int]):
+    batch, length, heads, kv_heads, width = sizes
+    torch.manual_seed(0)
+    angles = torch.outer(torch.arange(float(length)), torch.rand(width // 2))
+    angles = torch.cat([angles, angles], dim=-1)[:, None]
+    qkv = torch.randn(batch, length, heads + 2 * kv_heads, width).to(dtype)
+    exact, leaf = qkv.double().requires_grad_(), qkv.cuda().requires_grad_()
+    expected = rotated_parts(exact, angles.double().cos(), angles.double().sin(), heads, kv_heads)
+    found = rotated_parts(leaf, angles.cos().cuda(), angles.sin().cuda(), heads, kv_heads)
+    # Attention hands the gradients back in orders of its own.
+    incoming = [torch.randn(batch, part.shape[2], length, width).to(dtype).transpose(1, 2) for part in found]
+    incoming[1] = incoming[1].contiguous()
+    torch.autograd.backward(expected, [gradient.double() for gradient in incoming])
+    torch.autograd.backward(found, [gradient.cuda() for gradient in incoming])
+    coarse = 1e-5 if dtype == torch.float32 else 2**-7
+    for part, reference in zip((*found, leaf.grad), (*expected, exact.grad), strict=True):
+        assert torch.allclose(part.cpu().double(), reference, rtol=coarse, atol=1e-5)
 
 
 @on_gpu
