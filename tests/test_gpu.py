@@ -5,7 +5,9 @@ import torch
 from training_cases import small_run
 
 from qpipe.compress.masks import _first_by_rank, _first_by_sort, _kth_largest
-from qpipe.formats import catalogue_names
+from qpipe.compress.prepare import prepare
+from qpipe.compress.rotation import hadamard
+from qpipe.formats import catalogue_names, resolve
 from qpipe.model import _CHUNK_ELEMENTS, Decoder, linear_cross_entropy, rotated_parts, swiglu
 from qpipe.train.step import TrainingStep, make_optimizer
 
@@ -148,6 +150,34 @@ def test_rotary_positions(dtype: torch.dtype, sizes: tuple[int, int, int, int, i
     coarse = 1e-5 if dtype == torch.float32 else 2**-7
     for part, reference in zip((*found, leaf.grad), (*expected, exact.grad), strict=True):
         assert torch.allclose(part.cpu().double(), reference, rtol=coarse, atol=1e-5)
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "width", "block"), [(7, 48, 16), (300, 640, 128), (33, 160, 32)])
+@pytest.mark.parametrize("name", ["w4a4", "w2a2"])
+def test_rotated_and_rounded_activations(dtype: torch.dtype, rows: int, width: int, block: int, name: str):
+    from qpipe.compress.triton_rounding import RotateAndRound
+
+    part = resolve(name).activations
+    assert part is not None
+    multiplier, top = prepare(part).multiplier, {"w4a4": 8, "w2a2": 2}[name]
+    torch.manual_seed(0)
+    x, incoming = torch.randn(2, rows, width).to(dtype), torch.randn(2, rows, width).to(dtype)
+    x[0, 0] = 0
+    leaf = x.cuda().requires_grad_()
+    found = RotateAndRound.apply(leaf, hadamard(block, leaf.device, dtype), multiplier, float(top))
+    found.backward(incoming.cuda())
+    exact, matrix = x.double(), hadamard(block, x.device, torch.float64)
+    scale = exact.square().mean(-1, keepdim=True).sqrt() * multiplier
+    y = torch.where(scale > 0, (exact.unflatten(-1, (-1, block)) @ matrix).flatten(-2) / scale, 0.0)
+    expected = (y.floor().clamp(-top, top - 1) + 0.5) * scale
+    gradient = ((incoming.double() * (y.abs() <= top)).unflatten(-1, (-1, block)) @ matrix).flatten(-2)
+    steps = (found.cpu().double() - expected).abs() / scale.clamp(min=1e-9)
+    assert (steps > 0.5).double().mean() < 0.02  # numbers that rounding to 16 bits moves over a border
+    assert steps.max() < 1.1
+    assert steps[steps <= 0.5].max() < 0.05
+    assert (leaf.grad.cpu().double() - gradient).norm() < 0.03 * gradient.norm()
 
 
 @on_gpu

@@ -22,14 +22,17 @@ from torch.nn import functional
 from qpipe.compress.gradients import power, power_inverse
 from qpipe.compress.masks import sparsity_at
 from qpipe.compress.packing import pack, unpack
-from qpipe.compress.prepare import prepare
+from qpipe.compress.prepare import Prepared, prepare
 from qpipe.compress.quantize import compress
-from qpipe.compress.rotation import rotate
+from qpipe.compress.rotation import hadamard, rotate
 from qpipe.compress.scales import grouped
 from qpipe.compress.trained import starting_scale
 from qpipe.errors import QpipeError
 from qpipe.formats import Representation, TensorFormat, check_shape
 from qpipe.formats.spec import TRAINED_SCALES
+
+if torch.cuda.is_available():
+    from qpipe.compress import triton_rounding
 
 
 class CompressedLinear(nn.Module):
@@ -75,6 +78,7 @@ class CompressedLinear(nn.Module):
         self.activation_scale = _scale_parameter((1, 1) if _trains(representation.activations) else None, device)
         self._weights = prepare(representation.weights) if representation.weights else None
         self._activations = prepare(representation.activations) if representation.activations else None
+        self._has_kernel = _has_kernel(self._activations, self.block)
         mask = self._weights.mask if self._weights else None
         self.kept_share: Tensor | None
         self.register_buffer("kept_share", None)
@@ -167,6 +171,12 @@ class CompressedLinear(nn.Module):
     def _represent_input(self, x: Tensor) -> Tensor:
         if self._activations is None:
             return x
+        if x.is_cuda and self._has_kernel and (dtype := product_dtype(x)).itemsize == 2:
+            matrix, top = hadamard(self.block, x.device, dtype), self._activations.high + self._activations.radius
+            rounded: Tensor = triton_rounding.RotateAndRound.apply(
+                x.to(dtype), matrix, self._activations.multiplier, top
+            )
+            return rounded
         return compress(
             rotate(x, self.block),
             self._activations,
@@ -199,6 +209,19 @@ class CompressedLinear(nn.Module):
     def extra_repr(self) -> str:
         """Shown by `print(module)`."""
         return f"{self.in_features}, {self.out_features}, {self.representation.name}, bias={self.bias is not None}"
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which products with `x` run: autocast's where that is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _has_kernel(part: Prepared | None, block: int) -> bool:
+    """Whether a kernel of our own rotates and rounds activations of this format: QuEST's, with uniform levels."""
+    if part is None or part.grid is None or part.grid.family != "rise" or not 16 <= block <= 128:
+        return False
+    return part.part == TensorFormat(grid=part.part.grid, scale="gaussian", gradient="trust")
 
 
 def _full_precision(device: torch.device) -> AbstractContextManager[object]:
