@@ -27,13 +27,12 @@ def _rotate_heads(  # type: ignore[no-untyped-def]
     """Rotate `heads` heads of a tile of tokens; shapes (tokens, half)."""
     source += batch * batch_stride + position * token_stride + place
     target += target_pitch + place
-    for _ in range(heads):
-        first = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-        second = tl.load(source + half, mask=inside, other=0.0).to(tl.float32)
-        tl.store(target, (first * cosine - second * sine).to(target.dtype.element_ty), mask=inside)
-        tl.store(target + half, (second * cosine + first * sine).to(target.dtype.element_ty), mask=inside)
-        source += head_stride
-        target += 2 * half
+    for head in range(heads):
+        start, goal = source + head * head_stride, target + head * 2 * half
+        first = tl.load(start, mask=inside, other=0.0).to(tl.float32)
+        second = tl.load(start + half, mask=inside, other=0.0).to(tl.float32)
+        tl.store(goal, (first * cosine - second * sine).to(target.dtype.element_ty), mask=inside)
+        tl.store(goal + half, (second * cosine + first * sine).to(target.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -62,11 +61,10 @@ def _rotary(  # type: ignore[no-untyped-def]
     if back:
         source = value + batch * value_batch + position * value_token + place
         target = out + pitch + kv_heads * 2 * half + place
-        for _ in range(kv_heads):
-            tl.store(target, tl.load(source, mask=inside), mask=inside)
-            tl.store(target + half, tl.load(source + half, mask=inside), mask=inside)
-            source += value_head
-            target += 2 * half
+        for head in range(kv_heads):
+            start, goal = source + head * value_head, target + head * 2 * half
+            tl.store(goal, tl.load(start, mask=inside), mask=inside)
+            tl.store(goal + half, tl.load(start + half, mask=inside), mask=inside)
 
 
 def _launch(parts: list[Tensor], out: Tensor, cosine: Tensor, sine: Tensor, *, back: bool) -> None:
