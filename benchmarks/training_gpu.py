@@ -26,6 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import qpipe.compress.linear
+import qpipe.model
 from qpipe.accounting import training_flops_per_token
 from qpipe.compress.gaussian import gaussian_multiplier
 from qpipe.formats import TensorFormat, resolve
@@ -260,6 +262,32 @@ def time_lightning(run: Run, options: argparse.Namespace) -> tuple[Clock, float]
     return timer.clock, module.seconds_waited / (timer.clock.per_step * options.steps)
 
 
+def leave_out(names: list[str]) -> None:
+    """Replace kernels of our own by what they stand for, in this process."""
+
+    def plain_norms(model: Decoder, features: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        for block in model.blocks:
+            features = block(features, cosine, sine)
+        return model.norm(features)
+
+    def plain_parts(qkv: Tensor, cosine: Tensor, sine: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, ...]:
+        query_key, value = qkv.split([heads + kv_heads, kv_heads], dim=2)
+        return (*qpipe.model.rotate(query_key, cosine, sine).split([heads, kv_heads], dim=2), value)
+
+    def plain_product(total: Tensor, gradient: Tensor, part: Tensor) -> None:
+        total += torch.mm(gradient.T, part, out_dtype=total.dtype)
+
+    changes: dict[str, tuple[Any, str, Any]] = {
+        "norm": (Decoder, "_hidden_with_joined_norms", plain_norms),
+        "rotary": (qpipe.model, "rotated_parts", plain_parts),
+        "rounding": (qpipe.compress.linear, "_has_kernel", lambda *_: False),
+        "softmax": (qpipe.model.triton_kernels, "_ROW_BYTES", 0),
+        "head": (qpipe.model, "_add_product", plain_product),
+    }
+    for name in names:
+        setattr(*changes[name])
+
+
 def profile(step: Callable[[int], object]) -> str:
     for number in range(WARM_STEPS):
         step(number)
@@ -303,8 +331,12 @@ def main() -> None:
     parser.add_argument("--plain", action="store_true", help="do not capture the step as a graph")
     parser.add_argument("--no-bare", action="store_true")
     parser.add_argument("--profile", help="write kernel times of each representation into this folder")
+    parser.add_argument(
+        "--without", nargs="*", default=[], help="kernels to leave out: norm rotary rounding softmax head"
+    )
     parser.add_argument("--json", help="write the table here")
     options = parser.parse_args()
+    leave_out(options.without)
     ceiling = matmul_ceiling()
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}, bf16 product {ceiling / 1e12:.0f} TFLOP/s")
     rows: list[dict[str, Any]] = []

@@ -1,0 +1,198 @@
+"""Kernels of our own on one GPU, one by one: time, share of memory speed, and the generated code that they replace.
+
+Shapes are those of a 30M model (64 x 512 tokens, width 640, 5 heads of 128, 32,000 words). Times are those of the GPU
+alone, from the profiler; TB/s counts the numbers that have to be read and written once. Lines with `as` name other
+choices of tile, warps, programs or stages than the ones in use (marked *).
+
+    python benchmarks/kernels.py
+    python benchmarks/kernels.py softmax norm rotary rounding
+"""
+
+import argparse
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qpipe import triton_kernels, triton_norm, triton_rotary
+from qpipe.compress import triton_rounding
+from qpipe.compress.prepare import prepare
+from qpipe.compress.quantize import compress
+from qpipe.compress.rotation import hadamard, rotate
+from qpipe.formats import resolve
+from qpipe.model import rotate as rotate_heads
+
+TOKENS, WIDTH, INNER, HEADS, WORDS = 64 * 512, 640, 1792, 5, 32000
+BF16, FP32 = 2, 4
+
+
+def microseconds(work: Callable[[], object], repeats: int = 5) -> float:
+    """GPU time of one call."""
+    for _ in range(3):
+        work()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as result:
+        for _ in range(repeats):
+            work()
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in result.key_averages()) / repeats
+
+
+def show(name: str, size: float, work: Callable[[], object]) -> None:
+    try:
+        time = microseconds(work)
+        print(f"{name:<58}{time:8.1f} us {size / time / 1e6:6.2f} TB/s", flush=True)
+    except Exception as error:
+        print(f"{name:<58}{type(error).__name__}: {str(error)[:150]}", flush=True)
+
+
+def context() -> Any:
+    """What an autograd function keeps, without autograd."""
+    kept = SimpleNamespace(saved_tensors=())
+    kept.save_for_backward = lambda *tensors: setattr(kept, "saved_tensors", tensors)
+    return kept
+
+
+def with_constants(module: Any, work: Callable[[], object], **constants: int) -> Callable[[], object]:
+    """`work` with some of the module's constants replaced."""
+
+    def changed() -> object:
+        before = {name: getattr(module, name) for name in constants}
+        try:
+            for name, value in constants.items():
+                setattr(module, name, value)
+            return work()
+        finally:
+            for name, value in before.items():
+                setattr(module, name, value)
+
+    return changed
+
+
+def both_ways(name: str, size: float, back: float, function: Callable[..., Any], inputs: list[Tensor]) -> None:
+    """Generated code: forward with gradient on, then backward."""
+    compiled: Any = torch.compile(function, dynamic=False)
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+    results = compiled(*leaves)
+    results = results if isinstance(results, tuple) else (results,)
+    incoming = [torch.randn_like(result) for result in results]
+    show(f"{name} generated", size, lambda: compiled(*leaves))
+    show(f"{name} back generated", back, lambda: torch.autograd.grad(results, leaves, incoming, retain_graph=True))
+
+
+def softmax() -> None:
+    rows = 8192
+    logits = torch.randn(rows, WORDS, device="cuda", dtype=torch.bfloat16)
+    targets, size = torch.randint(WORDS, (rows, 1), device="cuda"), 2 * BF16 * rows * WORDS
+    one_pass, losses = triton_kernels._softmax_gradient_in_one_pass, torch.empty(rows, device="cuda")
+    show("softmax *", size, lambda: triton_kernels.softmax_gradient_(logits, targets, 1e-4))
+    two = with_constants(triton_kernels, lambda: triton_kernels.softmax_gradient_(logits, targets, 1e-4), _ROW_BYTES=0)
+    show("softmax in two passes", size, two)
+    programs = triton_kernels.multiprocessors(logits.device)
+    for warps, stages in ((16, 2), (16, 4), (32, 2), (32, 3)):
+
+        def work(warps: int = warps, stages: int = stages) -> None:
+            one_pass[(programs,)](
+                logits, targets, losses, 1e-4, rows, columns=WORDS, block=32768, stages=stages, num_warps=warps
+            )
+
+        show(f"softmax as {warps} warps, {stages} stages", size, work)
+
+
+def norm() -> None:
+    residual = torch.randn(TOKENS, WIDTH, device="cuda")
+    update, weight = residual.bfloat16(), torch.ones(WIDTH, device="cuda")
+    numbers, kept = TOKENS * WIDTH, context()
+    size, back = numbers * (2 * FP32 + 2 * BF16), numbers * (3 * FP32 + 2 * BF16)
+
+    def forward() -> object:
+        return triton_norm.AddNorm.forward(kept, residual, update, weight, 1e-5, torch.bfloat16)
+
+    def backward() -> object:
+        return triton_norm.AddNorm.backward(kept, residual, update)
+
+    show("norm *", size, forward)
+    show("norm back *", back, backward)
+    for count in (1024, 4096, 8192):
+        show(f"norm as {count} numbers", size, with_constants(triton_norm, forward, _NUMBERS=count))
+        show(f"norm back as {count} numbers", back, with_constants(triton_norm, backward, _NUMBERS=count))
+    for programs in (528, 2048, 4096):
+        show(f"norm back as {programs} programs", back, with_constants(triton_norm, backward, _PROGRAMS=programs))
+    for per_warp in (256, 1024):
+        show(f"norm back as {per_warp} per warp", back, with_constants(triton_norm, backward, _PER_WARP=per_warp))
+
+    def plain(residual: Tensor, update: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        total = residual + update
+        return total, F.rms_norm(total, (WIDTH,), weight, 1e-5).to(update.dtype)
+
+    both_ways("norm", size, back, plain, [residual, update, weight])
+
+
+def rotary() -> None:
+    qkv = torch.randn(64, 512, 3 * HEADS, 128, device="cuda", dtype=torch.bfloat16)
+    angles = torch.rand(512, 1, 128, device="cuda")
+    cosine, sine, kept = angles.cos(), angles.sin(), context()
+    gradients = [torch.randn(64, HEADS, 512, 128, device="cuda").bfloat16().transpose(1, 2) for _ in range(3)]
+    size, back = 2 * BF16 * TOKENS * 2 * WIDTH, 2 * BF16 * TOKENS * 3 * WIDTH
+
+    def forward() -> object:
+        return triton_rotary.Rotary.forward(kept, qkv, cosine, sine, HEADS, HEADS)
+
+    def backward() -> object:
+        return triton_rotary.Rotary.backward(kept, *gradients)
+
+    show("rotary *", size, forward)
+    show("rotary back *", back, backward)
+    for count in (512, 2048, 4096):
+        show(f"rotary as {count} numbers", size, with_constants(triton_rotary, forward, _NUMBERS=count))
+        show(f"rotary back as {count} numbers", back, with_constants(triton_rotary, backward, _NUMBERS=count))
+
+    def plain(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query_key, value = qkv.split([2 * HEADS, HEADS], dim=2)
+        query, key = rotate_heads(query_key, cosine, sine).split([HEADS, HEADS], dim=2)
+        return query, key, value
+
+    both_ways("rotary", size, back, plain, [qkv])
+
+
+def rounding() -> None:
+    part = resolve("w4a4").activations
+    assert part is not None
+    prepared = prepare(part)
+    for width in (WIDTH, INNER):
+        x = torch.randn(TOKENS, width, device="cuda", dtype=torch.bfloat16)
+        matrix, kept, size = hadamard(128, x.device, x.dtype), context(), TOKENS * width * (2 * BF16 + 1)
+
+        def forward(x: Tensor = x, matrix: Tensor = matrix, kept: Any = kept) -> object:
+            return triton_rounding.RotateAndRound.forward(kept, x, matrix, prepared.multiplier, 8.0)
+
+        def backward(x: Tensor = x, kept: Any = kept) -> object:
+            return triton_rounding.RotateAndRound.backward(kept, x)
+
+        show(f"rounding {width} *", size, forward)
+        show(f"rounding {width} back *", size, backward)
+        for tile, warps in ((16, 4), (32, 4), (64, 4), (128, 8)):
+            choice: dict[str, int] = {"_TILE": tile, "_WARPS": warps}
+            name = f"{tile} tokens, {warps} warps"
+            show(f"rounding {width} as {name}", size, with_constants(triton_rounding, forward, **choice))
+            show(f"rounding {width} back as {name}", size, with_constants(triton_rounding, backward, **choice))
+
+        def plain(x: Tensor) -> Tensor:
+            return compress(rotate(x, 128), prepared, per_token=True, training=True)
+
+        both_ways(f"rounding {width}", size, size, plain, [x])
+
+
+def main() -> None:
+    groups = {function.__name__: function for function in (softmax, norm, rotary, rounding)}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("groups", nargs="*", default=[*groups])
+    for name in parser.parse_args().groups:
+        groups[name]()
+
+
+if __name__ == "__main__":
+    main()
