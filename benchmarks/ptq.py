@@ -195,10 +195,12 @@ def speed(args: argparse.Namespace) -> None:
             out = args.out / "random" / f"{size}-{name}-{time.time_ns()}"
             changes = {} if args.sequences is None else {"sequences": args.sequences}
             request = Request(get_method(name, **changes), Target(bits=3.0))
+            begin = time.process_time()
             _, runtime = quantized(run, store, out, request, torch.device(args.device))
+            cpu = time.process_time() - begin
             peak = runtime["peak_device_memory_bytes"] or runtime["peak_memory_bytes"]
             (out / "packed.safetensors").unlink()
-            rows.append({"size": size, "method": name, **runtime["seconds"], "peak_gib": peak / 2**30,
+            rows.append({"size": size, "method": name, **runtime["seconds"], "cpu": cpu, "peak_gib": peak / 2**30,
                          "host_gib": runtime["peak_memory_bytes"] / 2**30, "device": runtime["device"]})  # fmt: skip
             print(rows[-1], flush=True)
             pd.DataFrame(rows).to_csv(args.out / "speed.csv", index=False)
@@ -221,7 +223,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, help="calibration sequences per round in `speed`")
     parser.add_argument("--iterations", type=int, default=200, help="AutoRound's iterations in `peers`")
     parser.add_argument("--validation-tokens", type=int)
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="some of the compared methods or allocators")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="some of the methods (or allocators)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,8 @@ from qpipe.ptq.linearity import divergence, layer_coefficients
 from qpipe.ptq.network import Network, set_weight, wrap_decoder
 from qpipe.ptq.sensitivity import Sensitivity, accumulate, hidden_probe, loss_probe, principal_basis
 from qpipe.ptq.streaming import _Moments, stream
+from qpipe.ptq.text import activation_bytes, tokens_at_once
+from qpipe.recipe import ModelShape
 
 
 def small_network(seed: int = 0, **shape) -> Network:
@@ -257,6 +259,30 @@ def test_layer_coefficients_are_second_order_in_the_noise():
         smaller.append(divergence(network, reference, network.hidden(tokens).flatten(0, 1)) / 0.002)
     weight.data.copy_(exact)
     assert np.mean(smaller) == pytest.approx(np.mean([run[name] for run in runs]), rel=0.35)
+
+
+def test_what_a_token_leaves_for_the_backward_pass_is_estimated_well():
+    """Against every distinct tensor that autograd keeps; and a model of 1B parameters goes through in small batches."""
+    shape = small_shape(width=128, heads=2, kv_heads=2, feed_forward=352, vocab_size=11, context=64, layers=3)
+    network = wrap_decoder(Decoder(shape, resolve("dense")), bf16=False)
+    network.model.initialize(0)
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no other tensor gets its place
+        return tensor
+
+    weights = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
+    tokens = torch.randint(0, 11, (8, 64), generator=torch.Generator().manual_seed(0))
+    network.embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        network.hidden(tokens)
+    found = sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in weights)
+    assert found / tokens.numel() == pytest.approx(activation_bytes(network), rel=0.3)
+    large = ModelShape(layers=20, width=2048, heads=16, kv_heads=16, feed_forward=5632, vocab_size=32000, context=2048)
+    with torch.device("meta"):
+        batch = tokens_at_once(wrap_decoder(Decoder(large, resolve("dense")), bf16=True))
+    assert 2048 <= batch < 4096
 
 
 @pytest.mark.parametrize("width", [7, 256, 700, 2500])

@@ -19,6 +19,8 @@ from qpipe.train.validation import Validation, Windows, all_windows, some_window
 _SELECTION_TOKENS = 8192
 _LONGEST = 2048
 _TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 32768}
+_ACTIVATION_BYTES = 2**33
+"""Memory for what a forward pass keeps for its backward pass."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,16 @@ def choose_text(store: TokenStore, network: Network, calibration: int, seed: int
     if problems:
         raise QpipeError(problems)
     order = np.random.default_rng(seed).permutation(windows)[:needed]
-    device = network.device
-    at_once = _TOKENS_AT_ONCE.get(device.type, _TOKENS_AT_ONCE["cuda"])
-    return Text(store, context, order * context, device, max(1, at_once // context), held_out)
+    batch = max(1, tokens_at_once(network) // context)
+    return Text(store, context, order * context, network.device, batch, held_out)
+
+
+def activation_bytes(network: Network) -> int:
+    """Return about what a token leaves behind for a backward pass: inputs and outputs of all block linears (bytes)."""
+    return sum(4 * (linear.in_features + linear.out_features) for linear in network.linears().values())
+
+
+def tokens_at_once(network: Network) -> int:
+    """Return how many tokens go through a network together: enough to keep the device busy, few enough to fit."""
+    most = _TOKENS_AT_ONCE.get(network.device.type, _TOKENS_AT_ONCE["cuda"])
+    return min(most, _ACTIVATION_BYTES // activation_bytes(network))
