@@ -8,7 +8,8 @@ reads the residual's gradient once more to round it, and is far from memory spee
 Here each program sums the weight's gradient over the rows it sees, and those sums are added up after.
 
 The residual keeps its own precision (float32 in training); the normed numbers have the update's, which is what the
-next product reads. Arithmetic is float32 inside. Imported only where there is a GPU.
+next product reads. Arithmetic is float32 inside; numbers that are no arrays are compile-time constants, since compiled
+blocks would pass them as float64. Imported only where there is a GPU.
 """
 
 from typing import Any
@@ -29,8 +30,9 @@ _PROGRAMS = 1024
 
 @triton.jit
 def _forward(  # type: ignore[no-untyped-def]
-    residual, update, weight, out, normed, rows, epsilon, width: tl.constexpr, block: tl.constexpr, tile: tl.constexpr
-):
+    residual, update, weight, out, normed, rows,
+    epsilon: tl.constexpr, width: tl.constexpr, block: tl.constexpr, tile: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0) * tile + tl.arange(0, tile)[:, None]
     column = tl.arange(0, block)[None, :]
     inside = (row < rows) & (column < width)
@@ -46,8 +48,8 @@ def _forward(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _backward(  # type: ignore[no-untyped-def]
-    summed, weight, to_out, to_normed, to_residual, to_update, to_weight, rows, epsilon,
-    width: tl.constexpr, block: tl.constexpr, tile: tl.constexpr,
+    summed, weight, to_out, to_normed, to_residual, to_update, to_weight, rows,
+    epsilon: tl.constexpr, width: tl.constexpr, block: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, block)[None, :]
     gain = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)
@@ -98,8 +100,9 @@ class AddNorm(torch.autograd.Function):
         normed = torch.empty_like(residual, dtype=dtype)
         block, tile, warps = _sizes(width)
         _forward[(triton.cdiv(rows, tile),)](
-            residual, update, weight, out, normed, rows, epsilon, width=width, block=block, tile=tile, num_warps=warps
-        )
+            residual, update, weight, out, normed, rows,
+            epsilon=epsilon, width=width, block=block, tile=tile, num_warps=warps,
+        )  # fmt: skip
         ctx.save_for_backward(out, weight)
         ctx.epsilon, ctx.update_dtype = epsilon, None if update is None else update.dtype
         return out, normed
@@ -117,7 +120,7 @@ class AddNorm(torch.autograd.Function):
         to_update = None if ctx.update_dtype is None else torch.empty_like(out, dtype=ctx.update_dtype)
         to_weight = torch.empty(programs, width, dtype=torch.float32, device=out.device)
         _backward[(programs,)](
-            out, weight, to_out, to_normed, to_residual, to_update, to_weight, rows, ctx.epsilon,
-            width=width, block=block, tile=tile, num_warps=warps,
+            out, weight, to_out, to_normed, to_residual, to_update, to_weight, rows,
+            epsilon=ctx.epsilon, width=width, block=block, tile=tile, num_warps=warps,
         )  # fmt: skip
         return to_residual, to_update, to_weight.sum(0).to(weight.dtype), None, None

@@ -8,7 +8,8 @@ code stores the rotated numbers in between. Backward drops the gradient where th
 |y| > top, and rotates it back.
 
 As without this kernel, rotated numbers are rounded to the product's precision before they are divided by the scale;
-the rest is float32. Imported only where there is a GPU.
+the rest is float32; step and levels are compile-time constants, since compiled blocks would pass them as float64.
+Imported only where there is a GPU.
 """
 
 from typing import Any
@@ -24,8 +25,9 @@ _WARPS = 8
 
 @triton.jit
 def _round_rotated(  # type: ignore[no-untyped-def]
-    x, hadamard, value, gate, rows, multiplier, top, width: tl.constexpr, block: tl.constexpr, tile: tl.constexpr
-):
+    x, hadamard, value, gate, rows,
+    multiplier: tl.constexpr, top: tl.constexpr, width: tl.constexpr, block: tl.constexpr, tile: tl.constexpr,
+):  # fmt: skip
     inside = (tl.program_id(0) * tile + tl.arange(0, tile) < rows)[:, None]
     begin = tl.program_id(0).to(tl.int64) * tile * width
     place = tl.arange(0, tile)[:, None] * width + tl.arange(0, block)[None, :]
@@ -74,8 +76,8 @@ class RotateAndRound(torch.autograd.Function):
         rows = x.numel() // width
         value, gate = torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
         _round_rotated[(triton.cdiv(rows, _TILE),)](
-            x, hadamard, value, gate, rows, multiplier, top,
-            width=width, block=hadamard.shape[0], tile=_TILE, num_warps=_WARPS,
+            x, hadamard, value, gate, rows,
+            multiplier=multiplier, top=top, width=width, block=hadamard.shape[0], tile=_TILE, num_warps=_WARPS,
         )  # fmt: skip
         ctx.save_for_backward(gate, hadamard)
         return value
