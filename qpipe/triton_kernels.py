@@ -1,14 +1,13 @@
 """Kernels for GPUs that a compiler does not find: each touches its memory once where generated code does so twice.
 
-* The softmax gradient is written over the logits: a row of 32,000 numbers stays in registers (a longer one in cache)
-  between finding its sum and writing, and no second array of logits is needed.
+* The softmax gradient goes over a row of logits twice, the second time writing the gradient over it: a row of 32,000
+  numbers stays in cache between the two, and no second array of logits is needed.
 * SwiGLU's backward pass writes the gradients of gate and up side by side as one array, which is what the fused
   gate-and-up product wants; generated code computes both halves for each place and throws one away.
 
 This module imports Triton, so it is imported only where there is a GPU. Arithmetic is float32 inside.
 """
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -16,40 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_ROW_BYTES = 2**16
-"""Longest row of logits that is kept in registers, while the next two wait in shared memory."""
-
-_ONE_PASS_WARPS = 16
-"""Warps per multiprocessor, each thread of which keeps up to 64 logits in its 128 registers."""
-
 _COLUMNS_AT_ONCE = 8192
 _BLOCK = 1024
 
 
 @triton.jit
-def _softmax_gradient_in_one_pass(  # type: ignore[no-untyped-def]
-    logits, targets, losses, scale, rows, columns: tl.constexpr, block: tl.constexpr, stages: tl.constexpr
-):
-    """Rows stay in registers: one load, one exponential and one store per logit; the next rows load meanwhile."""
-    place = tl.arange(0, block)
-    inside = place < columns
-    pitch = tl.full((), columns, tl.int64)
-    for row in tl.range(tl.program_id(0), rows, tl.num_programs(0), num_stages=stages):
-        start = logits + row * pitch
-        target = tl.load(targets + row)
-        x = tl.load(start + place, mask=inside, other=float("-inf")).to(tl.float32)
-        correct = tl.load(start + target).to(tl.float32)  # before the barriers of the sums, so before any store
-        largest = tl.max(x)
-        power = tl.exp(x - largest)
-        total = tl.sum(power)
-        tl.store(losses + row, largest + tl.log(total) - correct)
-        gradient = power * (scale / total) - tl.where(place == target, scale, 0.0)
-        tl.store(start + place, gradient.to(logits.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _softmax_gradient_in_two_passes(logits, targets, losses, scale, columns: tl.constexpr, block: tl.constexpr):  # type: ignore[no-untyped-def]
-    """For rows too long for registers: find the normaliser, then read again (from cache) and write."""
+def _softmax_gradient_kernel(logits, targets, losses, scale, columns: tl.constexpr, block: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     logits += row * columns
     target = tl.load(targets + row)
@@ -75,25 +46,10 @@ def softmax_gradient_(logits: Tensor, targets: Tensor, scale: float) -> Tensor:
     """Return the summed cross-entropy of logits (M, V) against classes (M,); put `scale` times its gradient there."""
     rows, columns = logits.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    block = triton.next_power_of_2(columns)
-    if block * logits.element_size() <= _ROW_BYTES:
-        warps = max(4, block // 2048)
-        programs = min(rows, multiprocessors(logits.device) * (_ONE_PASS_WARPS // warps))
-        _softmax_gradient_in_one_pass[(programs,)](
-            logits, targets, losses, scale, rows, columns=columns, block=block, stages=3, num_warps=warps
-        )
-    else:
-        block = min(_COLUMNS_AT_ONCE, block)
-        _softmax_gradient_in_two_passes[(rows,)](
-            logits, targets, losses, scale, columns=columns, block=block, num_warps=max(4, block // 512)
-        )
+    block = min(_COLUMNS_AT_ONCE, triton.next_power_of_2(columns))
+    warps = max(4, block // 512)
+    _softmax_gradient_kernel[(rows,)](logits, targets, losses, scale, columns=columns, block=block, num_warps=warps)
     return losses.sum()
-
-
-@cache
-def multiprocessors(device: torch.device) -> int:
-    """Return how many multiprocessors a GPU has."""
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 @triton.jit
