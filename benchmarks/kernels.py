@@ -87,19 +87,7 @@ def softmax() -> None:
     rows = 8192
     logits = torch.randn(rows, WORDS, device="cuda", dtype=torch.bfloat16)
     targets, size = torch.randint(WORDS, (rows, 1), device="cuda"), 2 * BF16 * rows * WORDS
-    one_pass, losses = triton_kernels._softmax_gradient_in_one_pass, torch.empty(rows, device="cuda")
     show("softmax *", size, lambda: triton_kernels.softmax_gradient_(logits, targets, 1e-4))
-    two = with_constants(triton_kernels, lambda: triton_kernels.softmax_gradient_(logits, targets, 1e-4), _ROW_BYTES=0)
-    show("softmax in two passes", size, two)
-    programs = triton_kernels.multiprocessors(logits.device)
-    for warps, stages in ((16, 2), (16, 4), (32, 2), (32, 3)):
-
-        def work(warps: int = warps, stages: int = stages) -> None:
-            one_pass[(programs,)](
-                logits, targets, losses, 1e-4, rows, columns=WORDS, block=32768, stages=stages, num_warps=warps
-            )
-
-        show(f"softmax as {warps} warps, {stages} stages", size, work)
 
 
 def norm() -> None:
