@@ -32,6 +32,7 @@ from qpipe.accounting import training_flops_per_token
 from qpipe.compress.gaussian import gaussian_multiplier
 from qpipe.formats import TensorFormat, resolve
 from qpipe.identity import digest
+from qpipe.memory import step_memory
 from qpipe.model import Decoder
 from qpipe.recipe import RECIPES, ModelShape
 from qpipe.runs import Run
@@ -344,12 +345,22 @@ def main() -> None:
         speed = run.tokens_per_step / clock.per_step
         share = speed * training_flops_per_token(run.shape) / ceiling
         memory = torch.cuda.max_memory_allocated() / 2**30
+        predicted = step_memory(run, run.training.batch_sequences if how == "bare" else None).gib
         row = {"size": run.size, "representation": run.representation_name, "how": how, "tokens_per_second": speed}
-        rows.append({**row, "first_step_seconds": clock.first, "share_of_ceiling": share, "gib": memory, **more})
+        rows.append(
+            {
+                **row,
+                "first_step_seconds": clock.first,
+                "share_of_ceiling": share,
+                "gib": memory,
+                "predicted_gib": predicted,
+                **more,
+            }
+        )
         print(
             f"{run.size:>6} {run.representation_name:<14}{how:<11}{speed / 1e6:8.3f} M tokens/s"
             f"  {1e3 * clock.per_step:8.2f} ms"
-            f"  {share:5.1%} of ceiling  {memory:5.1f} GiB  first step {clock.first:5.1f} s",
+            f"  {share:5.1%} of ceiling  {memory:5.1f} GiB (of {predicted:.1f})  first step {clock.first:5.1f} s",
             *(f"{key} {value:.4f}" for key, value in more.items()),
             flush=True,
         )

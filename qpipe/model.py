@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from qpipe.compress import CompressedLinear, make_linear
 from qpipe.formats import Representation
+from qpipe.memory import GPU_LOGITS
 from qpipe.recipe import ModelShape, RopeScaling
 
 if torch.cuda.is_available():
@@ -35,7 +36,7 @@ if torch.cuda.is_available():
 INIT_STD = 0.02
 """Standard deviation of initial weights; projections back into the residual get INIT_STD / sqrt(2 layers)."""
 
-_CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**28}
+_CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": GPU_LOGITS}
 """Logits held at once while computing the loss: 2 MiB in float32 on CPU (about a level-2 cache), 0.5 GiB in bfloat16 on
 a GPU."""
 

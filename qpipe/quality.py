@@ -18,10 +18,11 @@ from torch import Tensor
 from qpipe.corpus.store import MANIFEST, TOKENIZER
 from qpipe.errors import QpipeError
 from qpipe.huggingface import load_decoder, read_shape
+from qpipe.memory import sequences_at_once
 from qpipe.model import Decoder
 from qpipe.train.evaluate import load_model
 from qpipe.train.results import RECORD
-from qpipe.train.validation import all_windows, sequences_at_once
+from qpipe.train.validation import all_windows
 
 _AT_ONCE = 16
 

@@ -132,9 +132,10 @@ def _save_llama(model: "Decoder", folder: Path) -> None:
 
 def _losses(model: "Decoder", record: "Record", tokens: Path) -> dict[str, Any]:
     """Validation loss of the reloaded model beside the recorded one."""
+    from qpipe.memory import sequences_at_once
     from qpipe.train.evaluate import TOLERANCE
     from qpipe.train.store import open_store
-    from qpipe.train.validation import Validation, sequences_at_once
+    from qpipe.train.validation import Validation
 
     run = record.run
     store = open_store(run, tokens)

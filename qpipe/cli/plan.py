@@ -1,7 +1,7 @@
-"""List the runs of a study: id, N, D, representation, bits/weight, FLOPs, estimated device hours, state.
+"""List the runs of a study: id, N, D, representation, bits/weight, FLOPs, estimated device hours and memory, state.
 
 N counts non-embedding parameters, D training tokens. Hours are FLOPs over a sustained rate (--tflops), which small
-models do not reach: read them as a lower bound below 100M.
+models do not reach: read them as a lower bound below 100M. GiB is what a training step needs on a GPU.
 
 example:
   qpipe plan config/demo.yaml
@@ -49,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _row(run: Any, folder: Path, tflops: float) -> dict[str, Any]:
+    from qpipe.memory import step_memory
     from qpipe.progress import run_state
 
     payload, total = run.bits_per_weight()
@@ -62,6 +63,7 @@ def _row(run: Any, folder: Path, tflops: float) -> dict[str, Any]:
         "bits_per_weight": total,
         "payload_bits": payload,
         "device_hours": run.flops / (tflops * 1e12) / 3600,
+        "gpu_gib": step_memory(run).gib,
         "state": run_state(folder, run.id),
     }
 
@@ -80,10 +82,10 @@ def _share_trunks(rows: list[dict[str, Any]], runs: list[Any], tflops: float) ->
 
 def _table(rows: list[dict[str, Any]], tflops: float) -> str:
     width = max(len(row["id"]) for row in rows)
-    lines = [f"{'run':<{width}}  {'N':>13} {'D':>15} {'bits/weight':>11} {'FLOPs':>9} {'hours':>8}  state"]
+    lines = [f"{'run':<{width}}  {'N':>13} {'D':>15} {'bits/weight':>11} {'FLOPs':>9} {'hours':>8} {'GiB':>6}  state"]
     lines += [
         f"{row['id']:<{width}}  {row['n']:>13,} {row['d']:>15,} {row['bits_per_weight']:>11.3f} {row['flops']:>9.2e} "
-        f"{row['device_hours']:>8.3g}  {row['state']}"
+        f"{row['device_hours']:>8.3g} {row['gpu_gib']:>6.1f}  {row['state']}"
         for row in rows
     ]
     states = {state: sum(row["state"] == state for row in rows) for state in sorted({row["state"] for row in rows})}
@@ -105,4 +107,5 @@ def _write(folder: Path, study: Any, runs: list[Any]) -> None:
     write_text(folder / "study.yaml", dump_yaml(study.model_dump(mode="json")))
 
 
-_CHANGING = ("state", "device_hours")
+_CHANGING = ("state", "device_hours", "gpu_gib")
+"""Not written: what changes with time, or with how well qpipe estimates."""

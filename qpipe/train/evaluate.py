@@ -7,11 +7,12 @@ from typing import Any
 import torch
 
 from qpipe.errors import QpipeError
+from qpipe.memory import sequences_at_once
 from qpipe.model import Decoder
 from qpipe.record import Record, load_record
 from qpipe.train.results import RECORD, WEIGHTS, file_digest, load_weights
 from qpipe.train.store import open_store
-from qpipe.train.validation import Validation, sequences_at_once
+from qpipe.train.validation import Validation
 
 TOLERANCE = {"fp32": 2e-5, "bf16": 2e-3}
 """Difference that another machine's rounding may make, by precision of the matmuls (nats/token). The same CPU with the

@@ -11,13 +11,13 @@ so they need no place in a checkpoint.
 import torch
 from torch import Tensor
 
+from qpipe.memory import sequences_at_once
 from qpipe.model import Decoder
 from qpipe.runs import Run
 from qpipe.train.data import Batches, BatchStream
 from qpipe.train.history import History
 from qpipe.train.lightning_import import lightning
 from qpipe.train.step import TrainingStep, make_optimizer
-from qpipe.train.validation import sequences_at_once
 
 
 class TrainingModule(lightning.LightningModule):

@@ -9,6 +9,7 @@ from typing import Any
 
 from qpipe.corpus.store import TokenStore
 from qpipe.errors import QpipeError
+from qpipe.memory import sequences_at_once
 from qpipe.model import Decoder
 from qpipe.record import Record
 from qpipe.runs import Run, load_run
@@ -26,7 +27,7 @@ from qpipe.train.start import KeepState, find_start, keep_state, shorten, trunk_
 from qpipe.train.stop import StopOnSignal
 from qpipe.train.store import open_store
 from qpipe.train.tracking import Tracking
-from qpipe.train.validation import Validation, diverged, sequences_at_once
+from qpipe.train.validation import Validation, diverged
 
 OURS: dict[str, Any] = {
     "max_epochs": -1,

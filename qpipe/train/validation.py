@@ -17,20 +17,7 @@ from torch import Tensor
 from qpipe.corpus.store import TokenSplit
 from qpipe.errors import QpipeError
 from qpipe.model import Decoder
-from qpipe.recipe import ModelShape
 from qpipe.train.seeds import seed_device
-
-_BATCH_TOKENS = 32768
-
-
-def sequences_at_once(shape: ModelShape, batch_sequences: int) -> int:
-    """Return how many sequences go through the model together, in training (micro-batch) and in validation.
-
-    A function of the run alone, never of the machine: a representation whose scale spans the whole activation tensor
-    sees the batch, so that the grouping is part of the result. It divides `batch_sequences`.
-    """
-    limit = max(1, _BATCH_TOKENS * min(1024, shape.width) // shape.width // shape.context)
-    return max(count for count in range(1, min(limit, batch_sequences) + 1) if batch_sequences % count == 0)
 
 
 @dataclass(frozen=True)
