@@ -127,8 +127,9 @@ def test_neither_a_diverged_run_nor_a_failed_quantization_holds_up_the_others(tm
         assert losses.loc[diverged, ["loss", "parent_loss", "ptq_bits"]].isna().all(axis=None)
         assert losses.loc[~diverged, "loss"].notna().all()
     damage = json.loads((results / "damage/damage.json").read_text())
-    assert {entry["method"]: entry["rows_diverged"] for entry in damage["damages"]} == {"rtn": 2, "higgs": 2}
-    assert all(entry["rows"] + entry["rows_without_damage"] == 4 for entry in damage["damages"])
+    said = {entry["method"]: f"({entry['rows_diverged']} diverged" for entry in damage["damages"]} | damage["unfitted"]
+    assert set(said) == {"rtn", "higgs"}  # rounding may cost models of seconds too little for a fit
+    assert all("(2 diverged" in words for words in said.values())
     assert not list(results.glob("ptq/*wild*/packed.safetensors"))
     assert 'id="damage"' in (results / "report.html").read_text()
     assert jobs(tmp_path, WITH_DIVERGED) == {}

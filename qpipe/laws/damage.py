@@ -152,7 +152,8 @@ def fit_damage(method: str, rows: pd.DataFrame, *, bootstrap: int = 1000, seed: 
     if len(kept) <= len(free) or 3 not in free:
         raise QpipeError(
             f"{len(kept)} rounded models with a damage above 0 at {kept['ptq_bits'].nunique()} rates cannot "
-            f"tell {len(free)} parameters; round more dense runs, or to more rates"
+            f"tell {len(free)} parameters ({diverged} diverged, {int((damage <= 0).sum())} cost nothing); round more "
+            "dense runs, or to more rates"
         )
     solution = _solve(terms, log_damage, free)
     residual = log_damage - terms @ solution
