@@ -291,7 +291,7 @@ def test_second_moments_are_summed_block_by_block(width):
     moments = _Moments(second=True)
     batches = torch.randn(3, 2, 5, width, generator=torch.Generator().manual_seed(width))
     for x in batches:
-        moments.hook(torch.nn.Identity(), (x,), x)
+        moments.take(x)
     rows = batches.double().flatten(0, 2)
     found = moments.result().second_moment
     assert torch.equal(found, found.T)
@@ -332,6 +332,6 @@ def test_second_moments_stay_exact_while_the_model_runs_in_bfloat16():
     x = torch.randn(3, 40, 16, generator=torch.Generator().manual_seed(0))
     moments = _Moments(second=True)
     with torch.autocast("cpu", torch.bfloat16):
-        moments.hook(torch.nn.Identity(), (x,), x)
+        moments.take(x)
     rows = x.double().flatten(0, 1)
     assert torch.allclose(moments.result().second_moment.double(), rows.T @ rows / len(rows), rtol=1e-5, atol=1e-6)

@@ -6,8 +6,9 @@ depth of the network.
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ _BLOCK = 256
 
 
 class _AtTheDoor(Exception):
-    """Stops a forward pass once the first block has been called."""
+    """Stops a forward pass where nothing that follows is needed."""
 
 
 @dataclass
@@ -65,15 +66,36 @@ def stream(
     """
     calls = [_at_first_block(network, tokens) for tokens in batches]
     for number, block in enumerate(network.blocks):
-        gathered = {name: _Moments(second_moments) for name in network.block_linears(block)}
-        with ExitStack() as hooks:
-            for name, linear in network.block_linears(block).items():
-                hooks.callback(linear.register_forward_hook(gathered[name].hook).remove)
+        yield number, block, _gather(network, block, calls, second_moments)
+        if number + 1 < len(network.blocks):
             for call in calls:
-                _run(network, block, call)
-        yield number, block, {name: moments.result() for name, moments in gathered.items()}
+                call.hidden = _run(network, block, call)
+
+
+def _gather(network: Network, block: nn.Module, calls: list[_Call], second_moments: bool) -> dict[str, Inputs]:
+    """Return what the layers of a block are fed.
+
+    The layer that was last to be called in the first batch stops the others at its door: nobody reads its output.
+    """
+    linears = network.block_linears(block)
+    gathered = {name: _Moments(second_moments) for name in linears}
+    called: list[str] = []
+
+    def take(name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        gathered[name].take(inputs[0])
+        called.append(name)
+        if name == last:
+            raise _AtTheDoor
+
+    with ExitStack() as hooks:
+        for name, linear in linears.items():
+            hooks.callback(linear.register_forward_pre_hook(partial(take, name)).remove)
+        last = None
         for call in calls:
-            call.hidden = _run(network, block, call)
+            with suppress(_AtTheDoor):
+                _run(network, block, call)
+            last = called[-1]
+    return {name: moments.result() for name, moments in gathered.items()}
 
 
 def _at_first_block(network: Network, tokens: Tensor) -> _Call:
@@ -113,9 +135,9 @@ class _Moments:
         self.total: Tensor | None = None
         self.outer: Tensor | None = None
 
-    def hook(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        """Take in one batch of inputs."""
-        x = inputs[0].detach().flatten(0, -2).float()
+    def take(self, inputs: Tensor) -> None:
+        """Take in one batch of inputs, (..., in)."""
+        x = inputs.detach().flatten(0, -2).float()
         self.tokens += len(x)
         total = x.sum(0, dtype=torch.float64)
         self.total = total if self.total is None else self.total + total
