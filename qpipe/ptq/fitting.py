@@ -163,7 +163,7 @@ class _Sorted:
     def of(cls, weights: Tensor) -> "_Sorted":
         """Sort groups (groups, size)."""
         if weights.device.type == "cpu":  # numpy's sort is vectorised and keeps no indices: a seventh of the time
-            values = torch.from_numpy(np.sort(weights.numpy(), axis=1))
+            values = torch.from_numpy(np.sort(weights.contiguous().numpy(), axis=1))
         else:
             values = weights.sort(dim=1).values
         sums = torch.zeros(len(values), values.shape[1] + 1, dtype=torch.float64, device=values.device)
