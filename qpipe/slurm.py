@@ -19,6 +19,10 @@ pace
 memory
     Slurm forgets a finished job after MinJobAge. A job that is gone when it is next asked for (the controller was
     away for long) would be waited for, for ever; here its output files decide.
+cancelling
+    On Ctrl-C the plugin cancels the jobs it has on its list. While it asks for their states the list is empty, and jobs
+    that wait to be submitted are submitted afterwards. Here nothing more is submitted, and Slurm itself is asked which
+    jobs there are to cancel.
 orphans
     A Snakemake that was killed leaves its jobs running, and the next one would submit them a second time. Here it
     refuses to start while jobs of this folder are alive, and says which.
@@ -38,6 +42,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from qpipe.errors import QpipeError
@@ -89,8 +94,9 @@ def start(workflow: Any) -> None:
     """
     if not workflow.is_main_process or "slurm" not in str(workflow.executor_plugin.executor.__module__):
         return
-    refuse_orphans(jobs_of_folder(Path(workflow.workdir_init)))
-    repair(importlib.import_module("snakemake_executor_plugin_slurm"))
+    folder = Path(workflow.workdir_init)
+    refuse_orphans(wait_for_ends(folder))
+    repair(importlib.import_module("snakemake_executor_plugin_slurm"), folder)
 
 
 @dataclass(frozen=True)
@@ -103,27 +109,40 @@ class Job:
     name: str
     folder: str
     """working folder"""
+    comment: str = ""
+    """the plugin's jobs say their rule; a shell that was started in the same folder does not"""
+
+
+def wait_for_ends(folder: Path) -> list[Job]:
+    """Return Snakemake's jobs that were submitted from a folder and have not ended, waiting for those about to end."""
+    while True:
+        jobs = jobs_of_folder(folder)
+        if not any(job.state == "COMPLETING" for job in jobs):
+            return jobs
+        time.sleep(1)
 
 
 def jobs_of_folder(folder: Path) -> list[Job]:
-    """Return this user's jobs that were submitted from a folder and have not ended, waiting for those about to end."""
-    while True:
-        jobs = [job for job in list_jobs() if Path(job.folder) == folder.resolve() or Path(job.folder) == folder]
-        if not any(job.state == "COMPLETING" for job in jobs):
-            return [job for job in jobs if job.state in _ALIVE]
-        time.sleep(1)
+    """Return this user's jobs that Snakemake submitted from a folder and that are alive or about to end."""
+    return [
+        job
+        for job in list_jobs()
+        if Path(job.folder) in (folder, folder.resolve())
+        and job.comment.startswith("rule_")
+        and job.state in {*_ALIVE, "COMPLETING"}
+    ]
 
 
 def list_jobs() -> list[Job]:
     """Return this user's jobs (errors: no squeue, no answer)."""
-    command = ["squeue", "--noheader", "--user", str(os.getuid()), "--format", "%i\t%T\t%j\t%Z"]
+    command = ["squeue", "--noheader", "--user", str(os.getuid()), "--format", "%i\t%T\t%j\t%Z\t%k"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise QpipeError(f"squeue does not answer ({error}); is this a login node of a Slurm cluster?") from error
     if done.returncode:
         raise QpipeError(f"squeue does not answer: {done.stderr.strip()}; try again when Slurm's controller is back")
-    return [Job(*line.split("\t", 3)) for line in done.stdout.splitlines() if line]
+    return [Job(*line.split("\t", 4)) for line in done.stdout.splitlines() if line]
 
 
 def refuse_orphans(jobs: list[Job]) -> None:
@@ -137,19 +156,22 @@ def refuse_orphans(jobs: list[Job]) -> None:
         )
 
 
-def repair(plugin: Any) -> None:
-    """Give the plugin's module better names for jobs and a better idea of when a job has ended.
+def repair(plugin: Any, folder: Path) -> None:
+    """Give the plugin's module better names for jobs, a better idea of when a job has ended, and a thorough end.
 
     Parameters
     ----------
     plugin
         The module `snakemake_executor_plugin_slurm`. Its functions of these names are replaced by ones that call them.
+    folder
+        Where its jobs are submitted from.
     """
     watch = Watch(plugin.query_job_status)
     plugin.get_submit_command = naming(plugin.get_submit_command)
     plugin.query_job_status_squeue = by_user(plugin.query_job_status_squeue)
     plugin.query_job_status_sacct = by_user(plugin.query_job_status_sacct)
     plugin.query_job_status = watch.query
+    plugin.Executor.cancel_jobs = cancelling(plugin.Executor.cancel_jobs, folder)
     plugin.Executor.check_active_jobs = watch.watching(plugin.Executor.check_active_jobs)
 
 
@@ -161,6 +183,20 @@ def naming(submit_command: Callable[..., str]) -> Callable[..., str]:
         return _SUBMIT + submit_command(job, {**params, "run_uuid": job_name(job.name, wildcards)}, *args, **kwargs)
 
     return named
+
+
+def cancelling(cancel_jobs: Callable[[Any, list[Any]], None], folder: Path) -> Callable[[Any, list[Any]], None]:
+    """Wrap the plugin's cancelling: it gets the jobs of the folder that Slurm knows, and no more are submitted."""
+
+    def cancelled(executor: Any, active_jobs: list[Any]) -> None:
+        executor._job_submission_executor.shutdown(cancel_futures=True)
+        try:
+            alive = [job.id for job in jobs_of_folder(folder) if job.state in _ALIVE]
+        except QpipeError:  # no answer: the plugin's list is better than nothing
+            alive = [job.external_jobid for job in active_jobs]
+        cancel_jobs(executor, [SimpleNamespace(external_jobid=job) for job in alive])
+
+    return cancelled
 
 
 def by_user(status_command: Callable[[str], str]) -> Callable[[str], str]:

@@ -3,7 +3,9 @@
 import os
 import subprocess
 import sys
+import threading
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from training_cases import make_store, small_run
 
 from qpipe.errors import QpipeError
 from qpipe.resources import Site
-from qpipe.slurm import Job, Watch, job_name, naming, refuse_orphans
+from qpipe.slurm import Job, Watch, cancelling, job_name, jobs_of_folder, naming, refuse_orphans
 from qpipe.study import load_study, plan
 
 ROOT = Path(__file__).parents[1]
@@ -46,6 +48,49 @@ def test_jobs_that_are_alive_are_refused_with_the_way_out():
     refuse_orphans([])
     with pytest.raises(QpipeError, match=r"2 Slurm jobs .*n1m, n3m.*scancel 7 8"):
         refuse_orphans([Job("7", "RUNNING", "n1m", "/"), Job("8", "PENDING", "n3m", "/")])
+
+
+@pytest.fixture
+def squeue(tmp_path, monkeypatch):
+    """A stand-in for `squeue` that prints what stands in a file."""
+    (tmp_path / "squeue").write_text(f"#!/bin/sh\ncat {tmp_path}/queue\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    def show(*jobs: tuple[str, str, str, str, str]) -> None:
+        (tmp_path / "queue").write_text("".join("\t".join(job) + "\n" for job in jobs))
+
+    return show
+
+
+def test_only_snakemakes_own_jobs_of_a_folder_count(squeue, tmp_path):
+    squeue(
+        ("1", "RUNNING", "n1m", str(tmp_path), "rule_train_wildcards_n1m"),
+        ("2", "RUNNING", "bash", str(tmp_path), "(null)"),  # the shell in which Snakemake is started
+        ("3", "RUNNING", "n3m", "/elsewhere", "rule_train_wildcards_n3m"),
+        ("4", "COMPLETED", "n4m", str(tmp_path), "rule_train_wildcards_n4m"),
+        ("5", "PENDING", "tokenize", str(tmp_path), "rule_tokenize"),
+    )
+    assert [job.id for job in jobs_of_folder(tmp_path)] == ["1", "5"]
+
+
+def test_cancelling_reaches_jobs_that_the_plugin_has_lost_sight_of_and_submits_no_more(squeue, tmp_path):
+    """On Ctrl-C during a status check the plugin's list is empty, and its submissions wait in a pool of threads."""
+    squeue(
+        ("1", "RUNNING", "n1m", str(tmp_path), "rule_train_wildcards_n1m"),
+        ("2", "COMPLETING", "n2m", str(tmp_path), "rule_train_wildcards_n2m"),
+    )
+    submitted, cancelled = [], []
+    with ThreadPoolExecutor(1) as pool:
+        begun, go_on = threading.Event(), threading.Timer(0.5, lambda: submitted.append("in flight"))
+        pool.submit(lambda: (begun.set(), go_on.start(), go_on.join()))
+        pool.submit(submitted.append, "too late")
+        begun.wait()
+        cancel = cancelling(lambda _, jobs: cancelled.extend([*submitted, *jobs]), tmp_path)
+        cancel(types.SimpleNamespace(_job_submission_executor=pool), [])
+    assert submitted == ["in flight"]
+    assert cancelled[0] == "in flight"  # what was being submitted is known to Slurm before it is asked
+    assert [job.external_jobid for job in cancelled[1:]] == ["1"]
 
 
 @pytest.mark.parametrize(

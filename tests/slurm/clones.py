@@ -72,6 +72,14 @@ class Clone:
         here["MASTER_ADDR"] = "127.0.0.1"  # the simulated nodes' names lead nowhere
         return {**lab.clean_environment(), **here, **self.extra}
 
+    def delay(self, command: str, seconds: float) -> None:
+        """Make one of Slurm's commands as slow as on a busy cluster, for this clone."""
+        script, real = self.folder / "bin" / command, shutil.which(command)
+        script.parent.mkdir(exist_ok=True)
+        script.write_text(f'#!/bin/sh\nsleep {seconds}\nexec {real} "$@"\n')
+        script.chmod(0o755)
+        self.extra["PATH"] = f"{script.parent}:{self.environment['PATH']}"
+
     def snakemake(self, *options: str, profile: str = "slurm", check: bool = True) -> str:
         """Run Snakemake to its end; return what it said."""
         done = subprocess.run(

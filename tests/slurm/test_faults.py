@@ -93,14 +93,29 @@ def test_lost_node_leaves_an_orphan_that_publishes_nothing(lab, study, peaceful)
 @pytest.mark.slow
 def test_interrupted_snakemake_cancels_its_jobs_and_the_next_one_resumes(study, peaceful):
     clone = study(1)
+    clone.delay("squeue", 5)  # so that the signal comes while Snakemake asks how its jobs are getting on
     process = clone.start("runs")
     run = wait_for_training(clone)[0]
     process.send_signal(signal.SIGINT)
+    slurm.wait_until(lambda: not slurm.squeue("--states", "running,pending"), 60)
     process.wait(60)
-    slurm.wait_until(lambda: not slurm.squeue("--states", "running,pending"), 30)
+    assert heartbeat(clone, run)["step"] < 768  # the job did not end by itself
     finish(clone.start("runs"), clone)
     assert_as_in_peace(clone, peaceful)
     assert attempts(clone, run) == 2
+
+
+@pytest.mark.slow
+def test_interrupted_while_it_submits_snakemake_leaves_no_job_behind(study, peaceful):
+    clone = study(6)
+    clone.delay("sbatch", 4)  # two at a time: the third pair would come after the signal
+    process = clone.start("runs")
+    slurm.wait_until(lambda: "has been submitted" in clone.said(), 120)
+    process.send_signal(signal.SIGINT)
+    process.wait(120)
+    time.sleep(10)
+    assert not slurm.squeue("--states", "running,pending")
+    assert 1 <= len(slurm.squeue("--states", "all", "--name", ",".join(clone.runs()))) < 6
 
 
 @pytest.mark.slow
