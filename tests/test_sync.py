@@ -15,16 +15,18 @@ from wandb_server import wandb_server
 from qpipe.study import load_study, plan
 
 LOG = """
-import os, signal, sys
+import os, signal, sys, time
 from pathlib import Path
 from qpipe.runs import load_run
 from qpipe.train.tracking import Tracking
 out, first, last, killed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "killed"
-tracking = Tracking(load_run(out / "run.yaml"), out)
-for step in range(first, last):
-    tracking({"step": step, "train_loss": 1 / step, "padding": "x" * 2000 if killed else None})
-if killed:
-    os.kill(os.getpid(), signal.SIGKILL)
+with Tracking(load_run(out / "run.yaml"), out) as tracking:
+    for step in range(first, last):
+        tracking({"step": step, "train_loss": 1 / step, "padding": "x" * 2000 if killed else None})
+    while killed:  # two blocks are on the disk, the rest is lost
+        if sum(log.stat().st_size for log in out.glob("wandb/offline-run-*/*.wandb")) > 65536:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.05)
 """
 
 

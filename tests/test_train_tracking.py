@@ -2,9 +2,12 @@
 
 import json
 import os
+import signal
+import socket
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ from typing import Any
 import pyarrow.parquet
 import pytest
 from training_cases import make_store, small_run
+from wandb_server import wandb_server
 
 from qpipe.errors import QpipeError
 from qpipe.record import load_record
@@ -107,11 +111,60 @@ def test_disabled_does_not_even_import_wandb(tmp_path: Path, tokens: Path) -> No
     assert not (tmp_path / "wandb").exists()
 
 
-def test_unreachable_server_falls_back_to_offline(tmp_path: Path, tokens: Path) -> None:
-    online = {"WANDB_MODE": "online", "WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}
-    output = train(tmp_path, tokens, tmp_path, **online)
-    assert "W&B does not start online" in output
-    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+@pytest.mark.parametrize("listens", [False, True], ids=["no server", "a server that says nothing"])
+def test_unreachable_server_falls_back_to_offline_and_training_does_not_wait(
+    listens: bool, tmp_path: Path, tokens: Path
+) -> None:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        if listens:
+            server.listen()  # the kernel takes connections in; nobody reads from them
+        output = train(tmp_path, tokens, tmp_path, **online(f"http://127.0.0.1:{server.getsockname()[1]}"))
+    assert "W&B does not start online: http://127.0.0.1" in output
+    [log] = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    history = [items(entry.history.item) for entry in log_entries(log) if entry.HasField("history")]
+    assert [row["step"] for row in history] == list(range(1, 41))
+    if listens:  # which takes two seconds to find out; the first of forty steps takes a tenth of one
+        assert output.index("step 1/40") < output.index("W&B does not start")
+
+
+def online(address: str) -> dict[str, str]:
+    return {"WANDB_MODE": "online", "WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": address}
+
+
+def test_stopped_run_continues_its_own_page(tmp_path: Path, tokens: Path) -> None:
+    """Online, with wandb's own client against a stand-in server."""
+    run = small_run("w4", steps=1000)
+    run.write(tmp_path / "run.yaml")
+    command = [sys.executable, "-m", "qpipe", "train", *map(str, (tmp_path / "run.yaml", tokens, tmp_path))]
+    with wandb_server() as server:
+        environment = {**os.environ, "HOME": str(tmp_path), "OMP_NUM_THREADS": "1", **online(server.address)}
+        first = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        heartbeat = tmp_path / "scratch/heartbeat.json"
+        while not (run.id in server.history and heartbeat.exists()):
+            assert first.poll() is None, first.communicate()[1]
+            time.sleep(0.02)
+        first.send_signal(signal.SIGTERM)
+        _, said = first.communicate(timeout=60)
+        assert "SIGTERM: stopped after step" in said
+        before = len(server.history[run.id])
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert "resumes from" in done.stderr
+    assert list(server.history) == [run.id]
+    lines = server.history[run.id]
+    assert [lines[line]["step"] for line in sorted(lines)] == list(range(5, 1001, 5))
+    assert 0 < before < 200
+
+
+@pytest.mark.slow
+def test_server_that_falls_silent_delays_nothing_but_the_end_and_that_briefly(tmp_path: Path, tokens: Path) -> None:
+    with wandb_server(silent_after=1) as server:
+        train(tmp_path, tokens, tmp_path, **online(server.address))
+        ended = time.time()
+    assert server.history
+    # It waits 15 s for the upload; wandb by itself would go on trying.
+    assert ended - (tmp_path / "record.json").stat().st_mtime < 60
 
 
 @pytest.mark.parametrize(

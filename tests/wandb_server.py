@@ -9,15 +9,23 @@ import gzip
 import http.server
 import json
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Attributes: `history`, the lines of each run by their offset."""
+    """Attributes: `history`, the lines of each run by their offset.
 
-    def __init__(self) -> None:
+    With `silent_after`, it accepts so many runs and then answers nobody any more.
+    """
+
+    daemon_threads = True
+    block_on_close = False
+
+    def __init__(self, silent_after: int | None = None) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
+        self.runs_left = silent_after
         self.history: dict[str, dict[int, dict[str, Any]]] = {}
 
     @property
@@ -26,8 +34,8 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 @contextlib.contextmanager
-def wandb_server() -> Iterator[Server]:
-    with Server() as server:
+def wandb_server(silent_after: int | None = None) -> Iterator[Server]:
+    with Server(silent_after) as server:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         yield server
@@ -37,7 +45,13 @@ def wandb_server() -> Iterator[Server]:
 class Handler(http.server.BaseHTTPRequestHandler):
     server: Server
 
+    def do_HEAD(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+
     def do_POST(self) -> None:
+        if self.server.runs_left == 0:
+            time.sleep(600)
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         if self.headers.get("Content-Encoding") == "gzip":
             body = gzip.decompress(body)
@@ -60,6 +74,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         entity = {"id": "e", "name": "entity"}
         if operation == "UpsertBucket":
             name = variables["name"]
+            if self.server.runs_left is not None:
+                self.server.runs_left -= 1
             new = name not in self.server.history
             self.server.history.setdefault(name, {})
             project = {"id": "p", "name": variables["project"], "entity": entity}

@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from qpipe.train.tracking import tracking_mode
+from qpipe.train.tracking import require_answer, tracking_mode
 
 log = logging.getLogger("qpipe.report")
 
@@ -62,6 +62,8 @@ def _log(
 ) -> None:
     import wandb
 
+    if mode == "online":
+        require_answer(wandb.setup().settings.base_url)
     project = os.environ.get("QPIPE_WANDB_PROJECT") or os.environ.get("WANDB_PROJECT") or "qpipe"
     entity = os.environ.get("QPIPE_WANDB_ENTITY") or None
     effs = {str(row["representation"]): float(row["eff"]) for row in table.to_dict("records")}

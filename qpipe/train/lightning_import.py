@@ -32,6 +32,5 @@ with (
     import lightning.pytorch as lightning
     from lightning.fabric.plugins import TorchCheckpointIO
     from lightning.fabric.plugins.environments import LightningEnvironment
-    from lightning.pytorch.loggers import WandbLogger
 
-__all__ = ["LightningEnvironment", "TorchCheckpointIO", "WandbLogger", "lightning"]
+__all__ = ["LightningEnvironment", "TorchCheckpointIO", "lightning"]

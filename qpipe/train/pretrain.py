@@ -83,41 +83,41 @@ def train_run(run_file: Path, tokens: Path, out: Path, parent: Path | None = Non
         shorten(module.model)
     states = [*([start] if start else []), *([KeepState(out)] if run.keeps_state else [])]
     if not processes.main:
-        beside = make_trainer(run, scratch, [Recorder(history, validation, []), *states], history, None, processes)
+        beside = make_trainer(run, scratch, [Recorder(history, validation, []), *states], history, processes)
         beside.fit(module, ckpt_path=checkpoint, weights_only=True)
         return None
     log.info("run %s: %s", run.id, describe_plan(run, batches))
-    tracking = Tracking(run, out)
-    progress = Progress(run, scratch)
-    callbacks = [Recorder(history, validation, [progress, tracking]), progress, *states]
-    trainer = make_trainer(run, scratch, callbacks, history, tracking.logger, processes)
-    if checkpoint is not None:
-        log.info("attempt %d resumes from %s", scratch.attempt, checkpoint.name)
-    trainer.fit(module, ckpt_path=checkpoint, weights_only=True)
-    if run.keeps_state and not history.failure:
-        keep_state(out, checkpoint)
+    with Tracking(run, out) as tracking:
+        progress = Progress(run, scratch)
+        callbacks = [Recorder(history, validation, [progress, tracking]), progress, *states]
+        trainer = make_trainer(run, scratch, callbacks, history, processes)
+        if checkpoint is not None:
+            log.info("attempt %d resumes from %s", scratch.attempt, checkpoint.name)
+        trainer.fit(module, ckpt_path=checkpoint, weights_only=True)
+        if run.keeps_state and not history.failure:
+            keep_state(out, checkpoint)
 
-    module.model.float()  # what is stored and reloaded is float32, whatever was trained
-    loss = final_loss(trainer, module, validation, progress)
-    if diverged(loss, run.shape.vocab_size) and not history.failure:
-        history.failure = f"validation loss {loss:.4g} is not finite or above 2 ln V"
-    record = make_record(run, store, history, trainer.global_step, loss, validation.windows.tokens)
-    if scratch.superseded:
-        raise QpipeError(f"run {run.id}: a newer attempt has taken over; this one publishes nothing")
-    seconds = time.monotonic() - begin
-    runtime = {
-        "wall_seconds": seconds,
-        "attempts": scratch.attempt,
-        "resumed_from": checkpoint.name if checkpoint else None,
-        "data_wait_share": module.seconds_waited / seconds,
-        "epochs": batches.epochs(run.steps),
-        **describe(run, trainer.strategy.root_device, trainer.world_size, progress.tokens_per_second),
-    }
-    record = publish(out, record, module.model, history, runtime)
-    scratch.remove()
-    log.info("run %s finished in %s: %s", run.id, duration(seconds), summary(record))
-    tracking.finish(record)
-    return record
+        module.model.float()  # what is stored and reloaded is float32, whatever was trained
+        loss = final_loss(trainer, module, validation, progress)
+        if diverged(loss, run.shape.vocab_size) and not history.failure:
+            history.failure = f"validation loss {loss:.4g} is not finite or above 2 ln V"
+        record = make_record(run, store, history, trainer.global_step, loss, validation.windows.tokens)
+        if scratch.superseded:
+            raise QpipeError(f"run {run.id}: a newer attempt has taken over; this one publishes nothing")
+        seconds = time.monotonic() - begin
+        runtime = {
+            "wall_seconds": seconds,
+            "attempts": scratch.attempt,
+            "resumed_from": checkpoint.name if checkpoint else None,
+            "data_wait_share": module.seconds_waited / seconds,
+            "epochs": batches.epochs(run.steps),
+            **describe(run, trainer.strategy.root_device, trainer.world_size, progress.tokens_per_second),
+        }
+        record = publish(out, record, module.model, history, runtime)
+        scratch.remove()
+        log.info("run %s finished in %s: %s", run.id, duration(seconds), summary(record))
+        tracking.finish(record)
+        return record
 
 
 def plan_data(run: Run, store: TokenStore) -> tuple[Batches, Validation, History]:
@@ -130,9 +130,7 @@ def plan_data(run: Run, store: TokenStore) -> tuple[Batches, Validation, History
     return batches, held_out, History(run)
 
 
-def make_trainer(
-    run: Run, scratch: Scratch, callbacks: list[Any], history: History, logger: Any | None, processes: Processes
-) -> Any:
+def make_trainer(run: Run, scratch: Scratch, callbacks: list[Any], history: History, processes: Processes) -> Any:
     """Return Lightning's Trainer for a run, with nothing in it that a run does not use."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for known in (r".*`srun` command is available.*", r".*isinstance\(treespec, LeafSpec\).*"):
@@ -148,7 +146,7 @@ def make_trainer(
         precision="bf16-mixed" if run.training.precision == "bf16" else "32-true",
         max_steps=run.steps,
         callbacks=[*callbacks, timed, StopOnSignal(timed)],
-        logger=logger or False,
+        logger=False,
         default_root_dir=scratch.folder,
         **OURS,
     )
