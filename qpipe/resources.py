@@ -26,6 +26,8 @@ DEVICES = "QPIPE_DEVICES"
 """Environment: devices of each node that train one run together."""
 NODES = "QPIPE_NODES"
 """Environment: nodes that train one run together, where srun starts a process per device."""
+SHARD = "QPIPE_SHARD"
+"""Environment: 1 if each of these devices is to hold a part of the model instead of all of it."""
 BYTES_PER_PARAMETER = 20
 FLOATS_PER_FEATURE = 60
 """Floats kept for backward per token, layer and feature of width: 34 of a Llama block, the rest of the quantizers."""
@@ -52,9 +54,13 @@ class Site:
     devices_of: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """(nodes, devices per node) that train a run together, by size; one device where a size is not named"""
 
+    sharded: frozenset[str] = frozenset()
+    """sizes whose devices hold a part of the model each"""
+
     @classmethod
     def from_profile(cls, resources: Mapping[str, Any]) -> "Site":
-        """Read the profile's resources for training: the fields above, `devices` like '430M:4 800M:2x8'."""
+        """Read the profile's resources for training: the fields above, `devices` like '430M:4 800M:2x8',
+        `sharded` like '800M'."""
         given = {name: str(getattr(value, "raw", value)).strip("'\"") for name, value in resources.items()}
         number = {name: _positive(name, given[name]) for name in ("tflops", "longest", "runs_per_gpu") if name in given}
         gpu = any(name in given for name in ("gpu_type", "gpu", "runs_per_gpu"))
@@ -66,6 +72,7 @@ class Site:
             runs_per_gpu=int(number["runs_per_gpu"]) if "runs_per_gpu" in number else None,
             warm=given.get("warm", "0") != "0",
             devices_of=_counts(given.get("devices", "")),
+            sharded=frozenset(given.get("sharded", "").split()),
         )
 
     def devices(self, run: Run) -> tuple[int, int]:
@@ -108,6 +115,12 @@ class Site:
             settings[NODES] = nodes
         if self.warm and nodes * per_node == 1:
             settings[WARM] = 1
+        if run.size in self.sharded:
+            if nodes * per_node == 1:
+                raise QpipeError(
+                    f"profile, set-resources: train: sharded: {run.size}: trains on one device; name several in devices"
+                )
+            settings[SHARD] = 1
         return " ".join(f"{name}={value}" for name, value in settings.items() if value is not None)
 
     def share(self, threads: int) -> str:

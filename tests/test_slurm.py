@@ -151,6 +151,11 @@ def test_large_sizes_get_several_devices_of_one_node(runs):
     assert together.memory_mb(large, 1) == pytest.approx(4 * alone.memory_mb(large, 1), abs=4)
     with pytest.raises(QpipeError, match=r"430M:3: run .* has 512 sequences per step"):
         Site.from_profile({"devices": "430M:3"}).devices(large)
+    sharded = Site.from_profile({"gpu_type": "gpu", "devices": "430M:4", "sharded": "'430M 800M'"})
+    assert sharded.environment(large, 32) == "OMP_NUM_THREADS=8 QPIPE_DEVICES=4 QPIPE_NODES=1 QPIPE_SHARD=1"
+    assert "SHARD" not in sharded.environment(small, 32)
+    with pytest.raises(QpipeError, match="sharded: 430M: trains on one device"):
+        Site.from_profile({"sharded": "430M"}).environment(large, 8)
     for wrong in ("800M=8", "800M:0", "800M:2x", "800M:0x2"):
         with pytest.raises(QpipeError, match=rf"expected size:devices or size:nodesxdevices.*found \['{wrong}'\]"):
             Site.from_profile({"devices": f"430M:4 {wrong}"})

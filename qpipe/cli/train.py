@@ -14,6 +14,7 @@ environment:
   QPIPE_WANDB_MODE          online, offline or disabled; QPIPE_WANDB_PROJECT, _ENTITY, _GROUP
   QPIPE_DEVICES             devices that train the run together, a process each (default: 1)
   QPIPE_NODES               nodes with so many devices each, if srun starts the processes; MASTER_ADDR, MASTER_PORT
+  QPIPE_SHARD               0 or 1: each of several devices holds a part of the model instead of all of it (default: 0)
   QPIPE_RUNS_PER_GPU        wait for a free place on a GPU, so many runs sharing one (machines without a scheduler)
   QPIPE_WARM                1: let a process that has everything loaded train this run (many short runs)
   OMP_NUM_THREADS           CPU threads

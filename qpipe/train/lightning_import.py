@@ -32,5 +32,6 @@ with (
     import lightning.pytorch as lightning
     from lightning.fabric.plugins import TorchCheckpointIO
     from lightning.fabric.plugins.environments import LightningEnvironment
+    from lightning.pytorch.strategies import DDPStrategy
 
-__all__ = ["LightningEnvironment", "TorchCheckpointIO", "lightning"]
+__all__ = ["DDPStrategy", "LightningEnvironment", "TorchCheckpointIO", "lightning"]

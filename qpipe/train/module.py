@@ -17,6 +17,7 @@ from qpipe.runs import Run
 from qpipe.train.data import Batches, BatchStream
 from qpipe.train.history import History
 from qpipe.train.lightning_import import lightning
+from qpipe.train.shards import is_sharded, unsharded
 from qpipe.train.step import TrainingStep, make_optimizer
 
 
@@ -74,6 +75,14 @@ class TrainingModule(lightning.LightningModule):
         loss, norm = self.step(tokens, number, self.optimizers(), self.manual_backward)
         self.history.add(number + 1, loss, norm)
 
+    def first_pass(self) -> None:
+        """Send this process's first sequences through the model, so that trained scales take their first values."""
+        tokens = self.batches.read(self.run.first_step, self.trainer.global_rank, self.trainer.world_size)
+        inputs = torch.from_numpy(tokens[: self.micro_batch, :-1]).long()
+        self.model.hidden(inputs.to(self.device))
+
     def on_train_end(self) -> None:
         """Free what only training needs: the validation that follows wants the memory."""
         self.step.release()
+        if is_sharded(self.model):
+            self.model = unsharded(self.model, self.run.format_spec)

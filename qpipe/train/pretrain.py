@@ -23,6 +23,7 @@ from qpipe.train.progress import Progress, Recorder, duration
 from qpipe.train.results import finished_record, make_record, publish
 from qpipe.train.runtime import describe
 from qpipe.train.scratch import Scratch, checkpoint_seconds
+from qpipe.train.shards import ShardedStrategy
 from qpipe.train.start import KeepState, find_start, keep_state, shorten, trunk_state
 from qpipe.train.stop import StopOnSignal
 from qpipe.train.store import open_store
@@ -140,7 +141,7 @@ def make_trainer(run: Run, scratch: Scratch, callbacks: list[Any], history: Hist
         accelerator=os.environ.get("QPIPE_ACCELERATOR", "auto"),
         devices=processes.per_node,
         num_nodes=processes.nodes,
-        strategy="ddp" if processes.count > 1 else "auto",
+        strategy=ShardedStrategy() if processes.sharded else "ddp" if processes.count > 1 else "auto",
         # Without this, Lightning inside a Slurm job would wait for srun, and take requeueing into its own hands.
         plugins=[DurableCheckpointIO(), LightningEnvironment()],
         precision="bf16-mixed" if run.training.precision == "bf16" else "32-true",

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from qpipe.errors import QpipeError
-from qpipe.resources import DEVICES, NODES
+from qpipe.resources import DEVICES, NODES, SHARD
 from qpipe.runs import Run
 from qpipe.train.checkpoint import newest_checkpoint
 from qpipe.train.scratch import Scratch, scratch_folder
@@ -43,20 +43,24 @@ class Processes:
         Processes on each, one per device.
     rank
         Number of this one among all, from 0.
+    sharded
+        Whether each holds a part of the model instead of all of it.
     """
 
     nodes: int
     per_node: int
     rank: int
+    sharded: bool = False
 
     @classmethod
     def from_environment(cls, run: Run) -> "Processes":
-        """Read QPIPE_DEVICES and QPIPE_NODES, 1 by default.
+        """Read QPIPE_DEVICES and QPIPE_NODES, 1 by default, and QPIPE_SHARD, 0 by default.
 
         Raises
         ------
         QpipeError
-            No counts, a batch that cannot be shared equally, or srun started another number of processes.
+            No counts, a batch that cannot be shared equally, nothing to shard, or srun started another number of
+            processes.
         """
         per_node, nodes = _count(DEVICES), _count(NODES)
         batch = run.training.batch_sequences
@@ -65,9 +69,10 @@ class Processes:
                 f"{DEVICES}={per_node} on {nodes} nodes: run {run.id} has {batch} sequences per step, "
                 f"not a multiple of {nodes * per_node}"
             )
+        sharded = _shards(run, nodes * per_node)
         if NODES in os.environ:
-            return cls(nodes, per_node, _join_srun(nodes, per_node))
-        return cls(1, per_node, int(os.environ.get("LOCAL_RANK", "0")) if per_node > 1 else 0)
+            return cls(nodes, per_node, _join_srun(nodes, per_node), sharded)
+        return cls(1, per_node, int(os.environ.get("LOCAL_RANK", "0")) if per_node > 1 else 0, sharded)
 
     @property
     def count(self) -> int:
@@ -118,6 +123,17 @@ def _count(name: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise QpipeError(f"{name}={text}: give a number of {name.removeprefix('QPIPE_').lower()} for one run, from 1")
     return int(text)
+
+
+def _shards(run: Run, count: int) -> bool:
+    word = os.environ.get(SHARD, "0")
+    if word not in ("0", "1"):
+        raise QpipeError(f"{SHARD}={word}: use 0 or 1, or leave it out")
+    if word == "1" and count == 1:
+        raise QpipeError(f"{SHARD}=1: run {run.id} trains on one device, which has to hold all of it; name more")
+    if word == "1" and run.training.parameters == "bf16":
+        raise QpipeError(f"{SHARD}=1: run {run.id} keeps bfloat16 weights beside float32 scales, which is not sharded")
+    return word == "1"
 
 
 def _join_srun(nodes: int, per_node: int) -> int:

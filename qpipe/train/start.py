@@ -29,6 +29,7 @@ from qpipe.train.checkpoint import checkpoint_problem
 from qpipe.train.evaluate import load_model
 from qpipe.train.lightning_import import lightning
 from qpipe.train.results import RECORD, STATE
+from qpipe.train.shards import part_like
 from qpipe.train.step import parameter_groups
 
 log = logging.getLogger("qpipe.train")
@@ -170,7 +171,7 @@ def take_moments(optimizer: torch.optim.Optimizer, model: Decoder, moments: Mome
     for name, parameter in model.named_parameters():
         if name in moments:
             optimizer.state[parameter] = {
-                key: value.to(parameter.device, copy=True) for key, value in moments[name].items()
+                key: part_like(parameter, value.to(parameter.device, copy=True)) for key, value in moments[name].items()
             }
 
 

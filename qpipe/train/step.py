@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from qpipe.compress import CompressedLinear
 from qpipe.errors import QpipeError
@@ -23,6 +24,7 @@ from qpipe.recipe import Training
 from qpipe.runs import Run
 from qpipe.train.schedule import run_learning_rate
 from qpipe.train.seeds import seed_device, step_seed
+from qpipe.train.shards import is_sharded
 
 _PLAIN_STEPS = 2
 """Steps before capturing: the first compiles and creates the optimizer's state, the second finds all in place."""
@@ -134,7 +136,10 @@ class TrainingStep:
             self.model.hidden(tokens[: self.micro_batch, :-1].long())
         self.model.norm.compile(dynamic=False)
         for block in self.model.blocks:
-            block.compile(dynamic=False)  # blocks are alike: the first is compiled, the others reuse it
+            if is_sharded(block):  # gathering its weights stays outside
+                block.forward = torch.compile(block.forward, dynamic=False)
+            else:
+                block.compile(dynamic=False)  # blocks are alike: the first is compiled, the others reuse it
 
     def _gradients(self, tokens: Tensor, backward: Callable[[Tensor], None]) -> tuple[Tensor, Tensor]:
         """Accumulate the gradient of the mean loss over the sequences and clip it; return loss and norm."""
@@ -143,7 +148,8 @@ class TrainingStep:
             loss = self.model.loss(part[:, :-1], part[:, 1:]) * (len(part) / len(tokens))
             backward(loss)
             total += loss.detach()
-        return total, nn.utils.clip_grad_norm_(self.model.parameters(), self.run.training.clip)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.run.training.clip)
+        return total, norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def _capture(self, tokens: Tensor, optimizer: ReplayedAdamW, backward: Callable[[Tensor], None]) -> None:
         """Record one step, without taking it."""
