@@ -58,6 +58,8 @@ class Decoder(nn.Module):
 
     cosine: Tensor
     sine: Tensor
+    joins_norms = True
+    """On GPUs, a sum into the residual and the norm that reads it are one kernel, across blocks too."""
 
     def __init__(
         self, shape: ModelShape, representation: Representation, device: torch.device | str | None = None
@@ -108,7 +110,7 @@ class Decoder(nn.Module):
         features = self.embedding(tokens_BT)
         length = tokens_BT.shape[1]
         cosine, sine = self.cosine[:length], self.sine[:length]
-        if features.is_cuda and torch.is_grad_enabled():
+        if features.is_cuda and torch.is_grad_enabled() and self.joins_norms:
             return self._hidden_with_joined_norms(features, cosine, sine)
         for block in self.blocks:
             features = block(features, cosine, sine)

@@ -96,6 +96,22 @@ def test_sharded_model_learns_the_same_and_publishes_the_same_files(tmp_path, re
     }
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("representation", ["dense", "w4a4", "w4a4-lsq"])
+def test_two_gpus_train_what_one_trains(tmp_path, representation):
+    """Alone, copied and sharded, compiled; kernels of a GPU sum in no fixed order and bfloat16 rounds coarsely."""
+    run = small_run(representation, steps=60, width=128, feed_forward=256, precision="bf16")
+    losses = []
+    for number, (devices, shard) in enumerate([(1, "0"), (2, "0"), (2, "1")]):
+        out = tmp_path / str(number)
+        process = start(tmp_path, out, devices, run, QPIPE_SHARD=shard, QPIPE_ACCELERATOR="gpu")
+        said = process.communicate()[1]
+        assert process.returncode == 0, said[-3000:]
+        assert ("this process holds" in said) == (shard == "1")
+        losses.append(json.loads((out / "record.json").read_text())["loss"])
+    assert losses[1:] == pytest.approx([losses[0]] * 2, rel=2e-2)
+
+
 @pytest.mark.parametrize(
     ("first", "second"),
     [((2, "1"), (1, "0")), pytest.param((1, "0"), (2, "1"), marks=pytest.mark.slow)],

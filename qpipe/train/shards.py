@@ -62,6 +62,7 @@ class ShardedStrategy(DDPStrategy):
 
 def shard(model: Decoder, mesh: Any) -> None:
     """Share a model's parameters out among the processes of a mesh, block by block, in place."""
+    model.joins_norms = False  # else a block's norm would be read before its weights are gathered
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
