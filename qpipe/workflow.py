@@ -5,6 +5,7 @@ The Snakefile is parsed again in every cluster job, so this module and all it im
 
 import ast
 import hashlib
+import os
 import shlex
 import uuid
 from collections.abc import Iterable
@@ -24,6 +25,9 @@ from qpipe.study import Law, Study, load_study, plan, study_corpus
 
 LAWS_WITH_MULTIPLIERS = {"compression", "capacity", "sparsity", "precision", "gamma"}
 
+PARTIAL = "QPIPE_PARTIAL"
+"""Environment: 1 to make tables and report from the runs that are finished, and train nothing."""
+
 _PACKAGE = Path(__file__).parent
 
 
@@ -39,13 +43,26 @@ class LawJob:
 
 
 class Workflow:
-    """A checked study with everything that rules look up."""
+    """A checked study with everything that rules look up.
 
-    def __init__(self, study: Study, base: Path | None = None) -> None:
+    Parameters
+    ----------
+    study
+        The study.
+    base
+        Folder that local paths in it start from.
+    results
+        The study's results, if it is to consist of the runs that are finished there.
+    """
+
+    def __init__(self, study: Study, base: Path | None = None, results: Path | None = None) -> None:
         self.study = study
         self.name = study.name
         self.corpus = study_corpus(study, base)
-        self.runs: dict[str, Run] = {run.id: run for run in plan(study, base)}
+        planned = {run.id: run for run in plan(study, base)}
+        self.missing: list[str] = [] if results is None else [run for run in planned if not _finished(results, run)]
+        """planned runs that are left out"""
+        self.runs: dict[str, Run] = {id_: run for id_, run in planned.items() if id_ not in self.missing}
         # Runs that end in mid-schedule are steps on the way to others: trained, but no data.
         finished = {r.representation_name: r.format_spec for r in self.runs.values() if not r.keeps_state}
         self.formats: dict[str, Representation] = {
@@ -62,7 +79,8 @@ class Workflow:
             )
         if workflow.config_settings.config:
             raise QpipeError("--config cannot change a study: a run is its study file; copy the file and edit it")
-        return cls(load_study(files[0]))
+        study = load_study(files[0])
+        return cls(study, results=Path("results") / study.name if _partial() else None)
 
     @cached_property
     def runs_of(self) -> dict[str, list[str]]:
@@ -142,6 +160,17 @@ class Workflow:
         options = f"{self.interval_options} --delta {fit.delta}"
         fixed = "".join(f" --fix {name}={value}" for name, value in law.fix.items())
         return options + fixed + (f" --exclude {shlex.quote(fit.exclude)}" if fit.exclude else "")
+
+
+def _finished(results: Path, run: str) -> bool:
+    return (results / "runs" / run / "record.json").exists()
+
+
+def _partial() -> bool:
+    word = os.environ.get(PARTIAL, "0")
+    if word not in ("0", "1"):
+        raise QpipeError(f"{PARTIAL}={word}: use 0 or 1, or leave it out")
+    return word == "1"
 
 
 def training_site(workflow: Any) -> Site:

@@ -31,9 +31,11 @@ def clone(target: Path) -> None:
             shutil.copyfile(source, target / name)
 
 
-def snakemake(folder: Path, *options: str, study: str = STUDY, check: bool = True) -> subprocess.CompletedProcess:
+def snakemake(
+    folder: Path, *options: str, study: str = STUDY, check: bool = True, **variables: str
+) -> subprocess.CompletedProcess:
     (folder / "study.yaml").write_text(study)
-    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", **variables}
     command = [sys.executable, "-m", "snakemake", "--profile", "profiles/local", "--configfile", "study.yaml", *options]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 or not check, done.stdout[-3000:] + done.stderr[-6000:]
@@ -198,6 +200,14 @@ def test_one_failing_run_does_not_block_the_others(copied):
     done = snakemake(copied, check=False)
     assert done.returncode != 0
     assert [(run / "record.json").exists() for run in runs[:3]] == [False, True, True]
+    table = copied / "results/smoke/tables/compression/multipliers.md"
+    before = table.read_text()
+    snakemake(copied, "--", "tables", QPIPE_PARTIAL="1")
+    assert f"Planned runs that are missing (1): {runs[0].name}." in table.read_text()
+    assert "\n- 7 runs; " in table.read_text()
+    (runs[0] / "scratch").unlink()
+    snakemake(copied, "--", "tables")
+    assert table.read_text() == before
 
 
 def test_removed_representation_refits_without_it(finished):

@@ -22,6 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--capacity", metavar="CAPACITY.json", help="output of qpipe capacity --json: bits and rho")
     parser.add_argument("--at-n", type=float, metavar="N", help="size for the equivalent dense N (default: largest)")
     parser.add_argument("--cost-model", default="bits", help="bits (default), bit-product or none, for iso-compute")
+    parser.add_argument(
+        "--missing", nargs="+", default=[], metavar="RUN", help="planned runs that the fit lacks: named"
+    )
     parser.add_argument("--json", action="store_true", help="print the table as JSON")
 
 
@@ -40,11 +43,11 @@ def run(args: argparse.Namespace) -> int:
         rho=column_of(capacity, "rho"),
     )
     if args.out:
-        write_multipliers(fit, table, args.out)
+        write_multipliers(fit, table, args.out, args.missing)
     if args.json:
         print(table.to_json(orient="records", indent=1))
     else:
-        print(to_markdown(table) + "\n" + "\n".join(footnotes(fit)))
+        print(to_markdown(table) + "\n" + "\n".join(footnotes(fit, args.missing)))
     return 0
 
 

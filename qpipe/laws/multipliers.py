@@ -8,7 +8,7 @@ model; `equivalent_n`, the dense size that performs like a given compressed one;
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +123,16 @@ def _add_compute(fit: Fit, table: pd.DataFrame, cost_model: str) -> None:
     table["iso_compute"] = table["eff"] / cost
 
 
-def footnotes(fit: Fit) -> list[str]:
-    """Return what must stand under every table of this fit: law, data, objective, exclusions, status."""
+def footnotes(fit: Fit, missing: Sequence[str] = ()) -> list[str]:
+    """Return what must stand under every table of this fit: law, data, objective, exclusions, status.
+
+    Parameters
+    ----------
+    fit
+        The fit.
+    missing
+        Planned runs that are not finished.
+    """
     level = f"{100 * fit.interval['level']:g}% intervals: {fit.interval['method']}"
     if fit.interval["resamples"]:
         level += f", {fit.interval['resamples']} resamples, seed {fit.interval['seed']}"
@@ -140,14 +148,16 @@ def footnotes(fit: Fit) -> list[str]:
         notes.append("Held: " + ", ".join(f"{name} = {value:g}" for name, value in fit.held.items()) + ".")
     if fit.priors:
         notes.append("Priors: " + ", ".join(f"{p['name']} = {p['value']:g} +- {p['sd']:g}" for p in fit.priors) + ".")
+    if missing:
+        notes.append(f"Planned runs that are missing ({len(missing)}): {', '.join(missing)}.")
     notes.append(f"Status: {fit.status['message']}.")
     return notes
 
 
-def write_multipliers(fit: Fit, table: pd.DataFrame, folder: Path | str) -> list[Path]:
-    """Write multipliers.parquet, .csv, .md and .tex into a folder; return their paths."""
+def write_multipliers(fit: Fit, table: pd.DataFrame, folder: Path | str, missing: Sequence[str] = ()) -> list[Path]:
+    """Write multipliers.parquet, .csv, .md and .tex into a folder; return their paths. `missing` as in `footnotes`."""
     folder = Path(folder)
-    notes = footnotes(fit)
+    notes = footnotes(fit, missing)
     paths = [folder / f"multipliers.{ending}" for ending in ("parquet", "csv", "md", "tex")]
     with replacing(paths[0]) as temporary:
         pq.write_table(_arrow(table, notes), temporary)

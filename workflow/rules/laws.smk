@@ -100,8 +100,9 @@ rule multipliers:
     log:
         f"logs/multipliers/{STUDY.name}/{{law}}.log",
     params:
+        missing=f"--missing {' '.join(STUDY.missing)}" if STUDY.missing else "",
         code=source_digest("laws", "cli/multipliers.py"),
     message:
         "Writing the multiplier tables of the {wildcards.law} law"
     shell:
-        "{QPIPE} multipliers {input} --out $(dirname {output.parquet}) > {log} 2>&1"
+        "{QPIPE} multipliers {input} --out $(dirname {output.parquet}) {params.missing} > {log} 2>&1"
