@@ -27,6 +27,19 @@ def test_profile_plans_the_whole_study(profile, tmp_path):
     assert (jobs["train"], jobs["total"]) == ("8", "19")
 
 
+@pytest.mark.parametrize(
+    "command", re.findall(r"^snakemake (.*?)(?: +#.*)?$", (ROOT / "docs/slurm.md").read_text(), flags=re.MULTILINE)
+)
+def test_commands_of_the_first_run_on_a_cluster(command, tmp_path):
+    """Each is accepted as it stands, on another study, as a dry run."""
+    options = command.replace("config/quest-c4.yaml", "tests/studies/smoke.yaml").split()
+    assert "tests/studies/smoke.yaml" in options
+    command = [sys.executable, "-m", "snakemake", *options, "--dry-run", "--directory", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "tokenize" in done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("profile", PROFILES)
 def test_failures_are_isolated_and_code_never_retrains(profile):
     settings = yaml.safe_load((ROOT / f"profiles/{profile}/config.yaml").read_text())

@@ -7,6 +7,7 @@ compared with those of the same runs trained in peace on this machine.
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -140,6 +141,15 @@ def test_killed_snakemake_leaves_jobs_that_the_next_one_refuses_to_double(study,
     assert before
     clone.snakemake("runs")
     assert {path: path.stat().st_mtime_ns for path in before} == before  # the orphaned job's result is used
+    assert_as_in_peace(clone, peaceful)
+
+
+@pytest.mark.slow
+def test_snakemake_that_is_a_job_itself_is_not_taken_for_one_of_its_jobs(study, peaceful):
+    clone = study(1)
+    command = ["sbatch", "--parsable", "--wait", "--mem=2000", "--time=20", "--wrap", shlex.join(clone.command("runs"))]
+    done = subprocess.run(command, cwd=clone.folder, env=clone.environment, capture_output=True, text=True)
+    assert done.returncode == 0, (clone.folder / f"slurm-{done.stdout.strip()}.out").read_text()[-3000:] + clone.logs()
     assert_as_in_peace(clone, peaceful)
 
 
