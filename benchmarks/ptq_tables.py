@@ -89,8 +89,12 @@ def draw_curves(table: pd.DataFrame, path: Path) -> None:
     """Draw rate-distortion curves: loss increase against total bits, one panel per checkpoint."""
     plt = _pyplot()
     names = list(table["checkpoint"].unique())
-    figure, axes = plt.subplots(1, len(names), figsize=(5.5 * len(names), 4.2), squeeze=False)
-    for axis, name in zip(axes[0], names, strict=True):
+    columns = min(3, len(names))
+    lines = -(-len(names) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(4.2 * columns, 3.4 * lines), squeeze=False)
+    for axis in axes.flat[len(names) :]:
+        axis.set_axis_off()
+    for axis, name in zip(axes.flat, names, strict=False):
         for variant, rows in table[table["checkpoint"] == name].groupby("name", sort=False):
             mean = rows.groupby("asked")[["bits_per_weight", "increase"]].mean()
             axis.plot(mean["bits_per_weight"], mean["increase"], marker="o", markersize=3, label=variant)
@@ -98,7 +102,7 @@ def draw_curves(table: pd.DataFrame, path: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0][0].legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
@@ -110,8 +114,10 @@ def draw_bit_map(maps: dict[str, Any], path: Path) -> None:
     if not runs:
         return
     rates = sorted({float(bits) for _, name, bits in found if name == "cvxq"})
-    size = (3.0 * len(rates), 5.0 * len(runs))
-    figure, axes = plt.subplots(len(runs), len(rates), figsize=size, sharey="row", squeeze=False)
+    heights = [max(len(layers) for (name, *_), layers in found.items() if name == run) for run in runs]
+    size = (2.2 * len(rates), 0.6 + 0.11 * sum(heights) + 0.5 * len(runs))
+    shape = {"sharey": "row", "squeeze": False, "height_ratios": heights}
+    figure, axes = plt.subplots(len(runs), len(rates), figsize=size, **shape)
     for row, run in zip(axes, runs, strict=True):
         for axis, bits in zip(row, rates, strict=True):
             if (layers := found.get((run, "cvxq", f"{bits:g}"))) is not None:
@@ -121,7 +127,7 @@ def draw_bit_map(maps: dict[str, Any], path: Path) -> None:
     axes[0][-1].legend(fontsize=6, loc="lower right")
     figure.supxlabel("share of weights")
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
