@@ -12,13 +12,14 @@ from training_cases import make_store, small_run, small_shape
 from qpipe.corpus.store import TokenStore
 from qpipe.errors import QpipeError
 from qpipe.formats import resolve
+from qpipe.memory import sequences_at_once
 from qpipe.model import Decoder
 from qpipe.recipe import QUEST, TINY
 from qpipe.train.data import Batches, BatchStream, permute
 from qpipe.train.schedule import learning_rate
 from qpipe.train.seeds import step_seed
 from qpipe.train.step import parameter_groups
-from qpipe.train.validation import Validation, all_windows, sequences_at_once, some_windows
+from qpipe.train.validation import Validation, all_windows, some_windows
 
 
 @pytest.fixture(scope="module")
