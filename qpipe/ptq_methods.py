@@ -48,7 +48,8 @@ class Method(BaseModel):
     positions: int = Field(default=0, ge=0, description="tokens per sequence that probes touch; 0 for all")
     tempered: bool = Field(
         default=False,
-        description="let plans that trust sensitivities less, where there are any, compete on held-out text",
+        description="let plans that trust sensitivities less, where there are any, and, with feedback, evenly spread "
+        "depths compete on held-out text",
     )
     feedback: bool = Field(default=False, description="push each column's error to later columns (GPTQ)")
     damping: float = Field(default=0.01, gt=0, description="share of the mean diagonal added to GPTQ's Hessian")

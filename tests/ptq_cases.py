@@ -6,6 +6,7 @@ import safetensors.torch
 import torch
 from training_cases import make_store, small_run
 
+from qpipe.cli import main
 from qpipe.corpus.store import TokenStore
 from qpipe.model import Decoder
 from qpipe.ptq.quantize import Request, quantize_checkpoint
@@ -76,3 +77,9 @@ def quantize(
     target = {name: asked.pop(name) for name in list(asked) if name in Target.model_fields}
     request = Request(get_method(method, **{**QUICK, **asked}), Target(**(target or {"bits": 3.0})), seed)
     return quantize_checkpoint(place / checkpoint, place / "tokens", out, request, CPU)
+
+
+def refused(capsys, *arguments: object) -> str:
+    """Return what `qpipe ptq` complains of."""
+    assert main(["ptq", *map(str, arguments)]) == 2
+    return capsys.readouterr().err

@@ -14,6 +14,7 @@ from training_cases import make_store, small_run
 
 from qpipe.cli import main
 from qpipe.errors import QpipeError
+from qpipe.report.finetune_figures import split_charts
 from qpipe.splits import split_curves
 
 SHARES = [0.0, 0.5, 0.9, 1.0]
@@ -187,3 +188,15 @@ def test_changes_of_weights(
     assert main(["changes", str(tmp_path / "runs" / parent.id)]) == 2
     assert "starts from random weights" in capsys.readouterr().err
     assert small_run().parent is None
+
+
+def test_a_model_that_is_only_rounded_does_not_squeeze_the_figure():
+    losses = np.array([[3.2, 3.21], [3.0, 3.01], [3.1, 3.11], [9.0, 9.01]])
+    near = np.array([[3.2, 3.21], [3.0, 3.01], [3.1, 3.11], [3.15, 3.16]])
+    curves, noise, _ = split_curves(pd.concat([table(losses), table(near, "w4-seq")]))
+    (chart,) = split_charts(curves, noise)
+    top = chart.panels[0].y.limits[1]
+    assert 0.2 < top < 1.0  # all splits that train are on the axis, 6 nats are not
+    assert "off the axis: w2-seq only rounded" in chart.subtitle
+    (chart,) = split_charts([curve for curve in curves if curve.representation == "w4-seq"], noise)
+    assert "off the axis" not in chart.subtitle

@@ -178,22 +178,18 @@ def _best_rounded(
     identity: str,
 ) -> tuple[dict[str, QuantizedLayer], Plan]:
     """Round the network for good by each plan; return what has the least held-out loss, and its plan."""
-    best, least = None, math.nan
+    found = []
     for number, plan in enumerate(plans):
         exact.restore(network)
-        layers = _round(
-            network, tasks, plan, method, text, Pieces(scratch / f"{number}", f"{identity} {plan.digest()}")
-        )
+        pieces = Pieces(scratch / f"{number}", f"{identity} {plan.digest()}")
+        layers, loss = _round(network, tasks, plan, method, text, pieces), 0.0
         if len(plans) > 1:
             assert text is not None
             loss = text.selection(network)
             log.info("depths %s: held-out loss %.4f", "as searched" if number == 0 else "spread evenly", loss)
-        else:
-            loss = math.nan
-        if best is None or loss < least:
-            best, least = (layers, plan), loss
-    assert best is not None
-    return best
+        found.append((loss if math.isfinite(loss) else math.inf, layers, plan))
+    _, layers, plan = min(found, key=lambda one: one[0])
+    return layers, plan
 
 
 def _round(
