@@ -87,7 +87,14 @@ def softmax() -> None:
     rows = 8192
     logits = torch.randn(rows, WORDS, device="cuda", dtype=torch.bfloat16)
     targets, size = torch.randint(WORDS, (rows, 1), device="cuda"), 2 * BF16 * rows * WORDS
-    show("softmax *", size, lambda: triton_kernels.softmax_gradient_(logits, targets, 1e-4))
+
+    def work() -> object:
+        return triton_kernels.softmax_gradient_(logits, targets, 1e-4)
+
+    show("softmax *", size, work)
+    for lanes, warps in ((256, 4), (512, 8), (1024, 8), (2048, 16), (2048, 32)):
+        choice: dict[str, int] = {"_LANES": lanes, "_WARPS": warps}
+        show(f"softmax as {8 * lanes} numbers, {warps} warps", size, with_constants(triton_kernels, work, **choice))
 
 
 def norm() -> None:

@@ -15,40 +15,59 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_COLUMNS_AT_ONCE = 8192
+_LANES, _NUMBERS = 1024, 8
+"""Logits read at a time: so many runs of eight neighbours; the numbers of a run lie in one thread."""
+
+_WARPS = 16
 _BLOCK = 1024
 
 
 @triton.jit
-def _softmax_gradient_kernel(logits, targets, losses, scale, columns: tl.constexpr, block: tl.constexpr):  # type: ignore[no-untyped-def]
+def _softmax_gradient(  # type: ignore[no-untyped-def]
+    logits, targets, losses, scale, columns: tl.constexpr, lanes: tl.constexpr, numbers: tl.constexpr
+):
+    """First the normaliser, every run of numbers for itself until the end; then the gradient over the logits.
+
+    Largest numbers and sums of a run stay in its thread, so that threads wait for each other twice in a row.
+    """
+    base2: tl.constexpr = 1.4426950408889634  # log2 e: 2^(base2 x) is e^x, one multiplication less
     row = tl.program_id(0).to(tl.int64)
     logits += row * columns
     target = tl.load(targets + row)
-    largest = tl.full((), float("-inf"), tl.float32)
-    total = tl.full((), 0.0, tl.float32)
-    for start in range(0, columns, block):
-        place = start + tl.arange(0, block)
-        x = tl.load(logits + place, mask=place < columns, other=float("-inf")).to(tl.float32)
-        larger = tl.maximum(largest, tl.max(x))
-        total = total * tl.exp(largest - larger) + tl.sum(tl.exp(x - larger))
+    correct = tl.load(logits + target).to(tl.float32)
+    run = tl.arange(0, lanes)[:, None] * numbers + tl.arange(0, numbers)[None, :]
+    largest = tl.full((lanes,), -1e30, tl.float32)
+    total = tl.zeros((lanes,), tl.float32)
+    for start in range(0, columns, lanes * numbers):
+        place = start + run
+        x = tl.load(logits + place, mask=place < columns, other=float("-inf")).to(tl.float32) * base2
+        larger = tl.maximum(largest, tl.max(x, 1))
+        total = total * tl.exp2(largest - larger) + tl.sum(tl.exp2(x - larger[:, None]), 1)
         largest = larger
-    normaliser = largest + tl.log(total)
-    tl.store(losses + row, normaliser - tl.load(logits + target).to(tl.float32))
+    top = tl.max(largest)
+    normaliser = top + tl.log2(tl.sum(total * tl.exp2(largest - top)))
+    tl.store(losses + row, normaliser / base2 - correct)
+    shift = normaliser - tl.log2(scale)
     tl.debug_barrier()  # everyone has read the correct token's logit before anyone overwrites it
-    for start in range(0, columns, block):
-        place = start + tl.arange(0, block)
+    for start in range(0, columns, lanes * numbers):
+        place = start + run
         x = tl.load(logits + place, mask=place < columns, other=float("-inf")).to(tl.float32)
-        gradient = (tl.exp(x - normaliser) - tl.where(place == target, 1.0, 0.0)) * scale
+        gradient = tl.exp2(x * base2 - shift)
         tl.store(logits + place, gradient.to(logits.dtype.element_ty), mask=place < columns)
+    tl.debug_barrier()
+    gradient = tl.exp2(correct * base2 - shift) - scale
+    tl.store(logits + target, gradient.to(logits.dtype.element_ty))
 
 
 def softmax_gradient_(logits: Tensor, targets: Tensor, scale: float) -> Tensor:
     """Return the summed cross-entropy of logits (M, V) against classes (M,); put `scale` times its gradient there."""
     rows, columns = logits.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    block = min(_COLUMNS_AT_ONCE, triton.next_power_of_2(columns))
-    warps = max(4, block // 512)
-    _softmax_gradient_kernel[(rows,)](logits, targets, losses, scale, columns=columns, block=block, num_warps=warps)
+    lanes = min(_LANES, max(32, triton.next_power_of_2(columns) // _NUMBERS))
+    _softmax_gradient[(rows,)](
+        logits, targets, losses, scale, columns=columns, lanes=lanes, numbers=_NUMBERS,
+        num_warps=max(1, min(_WARPS, lanes // 64)),
+    )  # fmt: skip
     return losses.sum()
 
 
