@@ -32,7 +32,7 @@ def _round_rotated(  # type: ignore[no-untyped-def]
     begin = tl.program_id(0).to(tl.int64) * tile * width
     place = tl.arange(0, tile)[:, None] * width + tl.arange(0, block)[None, :]
     squares = tl.zeros((tile, block), tl.float32)
-    for start in range(0, width, block):
+    for start in tl.range(0, width, block, num_stages=4):  # three blocks on their way from memory at a time
         numbers = tl.load(x + begin + place + start, mask=inside, other=0.0).to(tl.float32)
         squares += numbers * numbers
     scale = tl.sqrt(tl.sum(squares, 1) / width)[:, None] * multiplier
