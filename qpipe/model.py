@@ -323,6 +323,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 loss += part_loss
                 torch.mm(gradient, head, out=hidden_gradient[start : start + rows])
                 _add_product(weight_gradient, gradient, part)
+                del gradient  # so that the next chunk of logits takes its place
         ctx.save_for_backward(hidden_gradient, weight_gradient)
         ctx.dtype = hidden.dtype
         return loss / len(features)
