@@ -107,7 +107,7 @@ class Decoder(nn.Module):
 
     def hidden(self, tokens_BT: Tensor) -> Tensor:
         """Return the normed features (B, T, D) that the head reads."""
-        features = self.embedding(tokens_BT)
+        features = embed(tokens_BT, self.embedding.weight)
         length = tokens_BT.shape[1]
         cosine, sine = self.cosine[:length], self.sine[:length]
         if features.is_cuda and torch.is_grad_enabled() and self.joins_norms:
@@ -231,6 +231,14 @@ class FeedForward(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Map normed features (B, T, D) to the feed-forward's contribution to the residual."""
         return self.down(swiglu(self.gate_up(features)))
+
+
+def embed(tokens: Tensor, weight: Tensor) -> Tensor:
+    """Return the rows of the embedding (V, D) of tokens (B, T)."""
+    if weight.is_cuda:
+        rows: Tensor = triton_kernels.Embedding.apply(weight, tokens)
+        return rows
+    return F.embedding(tokens, weight)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:

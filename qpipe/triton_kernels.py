@@ -4,6 +4,7 @@
   numbers stays in cache between the two, and no second array of logits is needed.
 * SwiGLU's backward pass writes the gradients of gate and up side by side as one array, which is what the fused
   gate-and-up product wants; generated code computes both halves for each place and throws one away.
+* The embedding's gradient is added token by token where it belongs; the library sorts the tokens first.
 
 This module imports Triton, so it is imported only where there is a GPU. Arithmetic is float32 inside.
 """
@@ -119,3 +120,34 @@ class SwiGLU(torch.autograd.Function):
         grid = (gradient.numel() // width, triton.cdiv(width, _BLOCK))
         _swiglu_backward[grid](gate_up, gradient, out, width, block=_BLOCK)
         return out
+
+
+@triton.jit
+def _add_rows(gradient, tokens, total, width, block: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.program_id(1) * block + tl.arange(0, block)
+    inside = place < width
+    numbers = tl.load(gradient + row * width + place, mask=inside).to(tl.float32)
+    tl.atomic_add(total + tl.load(tokens + row) * width + place, numbers, mask=inside, sem="relaxed")
+
+
+class Embedding(torch.autograd.Function):
+    """(weight, tokens) -> the tokens' rows, (..., width); their gradients are summed in no fixed order."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, tokens: Tensor) -> Tensor:
+        """Return the rows; keeps the tokens."""
+        ctx.save_for_backward(tokens)
+        ctx.words, ctx.dtype = weight.shape[0], weight.dtype
+        return torch.nn.functional.embedding(tokens, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        """Return the gradient of the weight, summed in float32."""
+        (tokens,) = ctx.saved_tensors
+        gradient, tokens = gradients[0].contiguous(), tokens.contiguous()
+        width = gradient.shape[-1]
+        total = torch.zeros(ctx.words, width, dtype=torch.float32, device=gradient.device)
+        grid = (tokens.numel(), triton.cdiv(width, _BLOCK))
+        _add_rows[grid](gradient, tokens, total, width, block=min(_BLOCK, triton.next_power_of_2(width)))
+        return total.to(ctx.dtype), None

@@ -8,7 +8,7 @@ from qpipe.compress.masks import _first_by_rank, _first_by_sort, _kth_largest
 from qpipe.compress.prepare import prepare
 from qpipe.compress.rotation import hadamard
 from qpipe.formats import catalogue_names, resolve
-from qpipe.model import _CHUNK_ELEMENTS, Decoder, linear_cross_entropy, rotated_parts, swiglu
+from qpipe.model import _CHUNK_ELEMENTS, Decoder, embed, linear_cross_entropy, rotated_parts, swiglu
 from qpipe.train.step import TrainingStep, make_optimizer
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -88,6 +88,23 @@ def test_softmax_gradient(dtype: torch.dtype, rows: int, classes: int):
     loss = softmax_gradient_(logits, target, 0.25)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert torch.allclose(logits.double(), leaf.grad * 0.25, atol=1e-6 if dtype == torch.float32 else 1e-3)
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [6, 160, 640, 1500])
+def test_embedding(dtype: torch.dtype, width: int):
+    torch.manual_seed(0)
+    weight, tokens = torch.randn(50, width).to(dtype), torch.randint(0, 50, (3, 700))
+    tokens[0, :300] = 7  # many times the same word
+    incoming = torch.randn(3, 700, width).to(dtype)
+    leaf, exact = weight.cuda().requires_grad_(), weight.double().requires_grad_()
+    found, expected = embed(tokens.cuda(), leaf), embed(tokens, exact)
+    found.backward(incoming.cuda())
+    expected.backward(incoming.double())
+    assert torch.equal(found.cpu().double(), expected)
+    coarse = 1e-5 if dtype == torch.float32 else 2**-7
+    assert torch.allclose(leaf.grad.cpu().double(), exact.grad, rtol=coarse, atol=1e-4)
 
 
 @on_gpu
