@@ -339,7 +339,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, Tensor, None]:
         hidden_gradient, weight_gradient = ctx.saved_tensors
-        return hidden_gradient.to(ctx.dtype) * outputs[0], weight_gradient * outputs[0], None
+        times = triton_kernels.times if hidden_gradient.is_cuda else torch.mul
+        return times(hidden_gradient.to(ctx.dtype), outputs[0]), times(weight_gradient, outputs[0]), None
 
 
 def _loss_and_gradient(logits: Tensor, target: Tensor, scale: float) -> tuple[Tensor, Tensor]:
