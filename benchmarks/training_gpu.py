@@ -290,7 +290,8 @@ def leave_out(names: list[str]) -> None:
         setattr(*changes[name])
 
 
-def profile(step: Callable[[int], object]) -> str:
+def profile(step: Callable[[int], object], trace: Path) -> str:
+    """Return a table of kernel times of three steps; write their timeline, which browsers show, to `trace`."""
     for number in range(WARM_STEPS):
         step(number)
     torch.cuda.synchronize()
@@ -298,7 +299,8 @@ def profile(step: Callable[[int], object]) -> str:
         for number in range(3):
             step(number)
         torch.cuda.synchronize()
-    return result.key_averages().table(sort_by="self_cuda_time_total", row_limit=30, max_name_column_width=90)
+    result.export_chrome_trace(str(trace))
+    return result.key_averages().table(sort_by="self_cuda_time_total", row_limit=60, max_name_column_width=90)
 
 
 def matmul_ceiling(size: int = 8192) -> float:
@@ -332,7 +334,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--plain", action="store_true", help="do not capture the step as a graph")
     parser.add_argument("--no-bare", action="store_true")
-    parser.add_argument("--profile", help="write kernel times of each representation into this folder")
+    parser.add_argument("--profile", help="write kernel times and timeline of each representation into this folder")
     parser.add_argument("--without", nargs="*", default=[], help="kernels to leave out: norm rotary rounding head")
     parser.add_argument("--json", help="write the table here")
     options = parser.parse_args()
@@ -380,8 +382,9 @@ def main() -> None:
                 if options.profile:
                     folder = Path(options.profile)
                     folder.mkdir(exist_ok=True)
-                    text = profile(bare_step(run, options))
-                    (folder / f"{size}-{name.replace(':', '-')}.txt").write_text(text)
+                    stem = folder / f"{size}-{name.replace(':', '-')}"
+                    text = profile(bare_step(run, options), stem.with_suffix(".json.gz"))
+                    stem.with_suffix(".txt").write_text(text)
                     fresh()
                 if name in options.reference:
                     add(run, "reference", time_reference(run, options))
