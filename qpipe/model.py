@@ -66,7 +66,7 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.shape = shape
-        self.embedding = nn.Embedding(shape.vocab_size, shape.width, device=device)
+        self.embedding = Embedding(shape.vocab_size, shape.width, device=device)
         self.blocks = nn.ModuleList(Block(shape, representation, device) for _ in range(shape.layers))
         self.norm = nn.RMSNorm(shape.width, shape.norm_epsilon, device=device)
         self.head = nn.Linear(shape.width, shape.vocab_size, bias=False, device=device)
@@ -107,7 +107,7 @@ class Decoder(nn.Module):
 
     def hidden(self, tokens_BT: Tensor) -> Tensor:
         """Return the normed features (B, T, D) that the head reads."""
-        features = embed(tokens_BT, self.embedding.weight)
+        features: Tensor = self.embedding(tokens_BT)  # as a module: a hook starts the gradients of `qpipe.ptq` here
         length = tokens_BT.shape[1]
         cosine, sine = self.cosine[:length], self.sine[:length]
         if features.is_cuda and torch.is_grad_enabled() and self.joins_norms:
@@ -231,6 +231,14 @@ class FeedForward(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Map normed features (B, T, D) to the feed-forward's contribution to the residual."""
         return self.down(swiglu(self.gate_up(features)))
+
+
+class Embedding(nn.Embedding):
+    """Embedding (V, D) whose gradient on a GPU is a kernel of its own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the rows of tokens (B, T), shape (B, T, D)."""
+        return embed(input, self.weight)
 
 
 def embed(tokens: Tensor, weight: Tensor) -> Tensor:

@@ -2,13 +2,15 @@
 
 import pytest
 import torch
-from training_cases import small_run
+from training_cases import small_run, small_shape
 
 from qpipe.compress.masks import _first_by_rank, _first_by_sort, _kth_largest
 from qpipe.compress.prepare import prepare
 from qpipe.compress.rotation import hadamard
 from qpipe.formats import catalogue_names, resolve
 from qpipe.model import _CHUNK_ELEMENTS, Decoder, embed, linear_cross_entropy, rotated_parts, swiglu
+from qpipe.ptq.network import wrap_decoder
+from qpipe.ptq.sensitivity import Sensitivity, accumulate, hidden_probe
 from qpipe.train.step import TrainingStep, make_optimizer
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -230,3 +232,18 @@ def test_the_head_sums_its_gradient_over_chunks_in_float32(monkeypatch: pytest.M
         error = (leaf.grad.cpu().double() - reference.grad).norm() / reference.grad.norm()
         assert error < 0.02
     assert leaves[1].grad.dtype == torch.float32
+
+
+@on_gpu
+def test_sensitivities_on_a_gpu_are_those_on_a_cpu():
+    found = []
+    for device in ("cpu", "cuda"):
+        decoder = Decoder(small_shape(width=128, feed_forward=256), resolve("dense"))
+        decoder.initialize(0)
+        network = wrap_decoder(decoder, bf16=False).to(device)
+        tokens = torch.randint(0, decoder.shape.vocab_size, (2, 16), generator=torch.Generator().manual_seed(1))
+        found.append(Sensitivity())
+        accumulate(network, tokens.to(device), found[-1], hidden_probe(), torch.Generator().manual_seed(2))
+    assert set(found[0].sums) == set(network.linears()) == set(found[1].sums)
+    for name, expected in found[0].sums.items():
+        assert (found[1].sums[name].cpu() - expected).norm() < 0.02 * expected.norm(), name
