@@ -40,3 +40,43 @@ def test_budget_splits_are_means_over_the_seeds_of_the_table(title: str, control
             for name in FORMATS
         ]
         assert numbers == pytest.approx(expected, abs=6e-4)
+
+
+def quantized() -> dict[tuple[str, float, str, float], pd.DataFrame]:
+    """Rows of ptq.csv with their loss increase, by size, tokens per parameter, method and bits."""
+    rows = pd.read_csv(RESULTS / "ptq.csv").assign(increase=lambda table: table["loss"] - table["parent_loss"])
+    keys = ["size", (rows["d"] / rows["n"]).round(1).rename("ratio"), "name", "asked"]
+    return dict(iter(rows.groupby(keys)))
+
+
+def test_post_training_table_is_of_the_means_over_the_seeds_of_its_rows():
+    found, rates = quantized(), (2.1, 2.5, 3.0, 3.5, 4.0)
+    text = (RESULTS.parent / "ptq.md").read_text().split("### On an H200, three sizes")[1]
+    lines = [line.strip("|").split("|") for line in text.split("![loss")[0].splitlines() if line.startswith("|")][2:]
+    names = {"gptq rows": "gptq, rows", "gptq 128": "gptq, groups of 128", "rtn rows": "rtn, rows"}
+    ahead = 0
+    assert len(lines) == 12
+    for (head, _, *own), (_, _, *rivals) in zip(lines[::2], lines[1::2], strict=True):
+        size, ratio, dense = (part.strip() for part in head.split(","))
+        for bits, cell, rival in zip(rates, own, rivals, strict=True):
+            means = {name: found[size, float(ratio), name, bits]["increase"].mean() for name in names.values()}
+            best = names[re.search(r"\((.*)\)", rival)[1]]
+            assert best == min(means, key=means.__getitem__)
+            for name, shown in (("cvxq", cell), (best, rival)):
+                part = found[size, float(ratio), name, bits]
+                mean, *spread = (float(number) for number in re.findall(r"\d\.\d{4}", shown))
+                assert mean == pytest.approx(part["increase"].mean(), abs=6e-5)
+                assert spread == ([pytest.approx(part["increase"].std(), abs=6e-5)] if len(part) > 1 else [])
+                assert set(part["parent_loss"].round(3)) == {float(dense)}
+            ahead += found[size, float(ratio), "cvxq", bits]["increase"].mean() <= means[best]
+    assert f"at {ahead} of these {len(lines) // 2 * len(rates)} points" in text
+
+
+def test_the_two_trainings_of_the_quantized_models_are_told_apart():
+    now, earlier = (pd.read_csv(RESULTS / f"{name}.csv") for name in ("ptq", "ptq-earlier"))
+    assert set(now["parent"]) == set(earlier["parent"])
+    assert not set(now["parent_loss"]) & set(earlier["parent_loss"])
+    assert now.groupby("parent")["parent_loss"].nunique().max() == 1
+    text = (RESULTS.parent / "ptq.md").read_text()
+    assert f"All {len(now)} rows" in text
+    assert f"its {len(earlier)} rows" in text
