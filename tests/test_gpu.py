@@ -11,6 +11,7 @@ from qpipe.formats import catalogue_names, resolve
 from qpipe.model import _CHUNK_ELEMENTS, Decoder, embed, linear_cross_entropy, rotated_parts, swiglu
 from qpipe.ptq.network import wrap_decoder
 from qpipe.ptq.sensitivity import Sensitivity, accumulate, hidden_probe
+from qpipe.train.start import shorten
 from qpipe.train.step import TrainingStep, make_optimizer
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -18,12 +19,22 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 COMPILED = ("dense", "w4", "w4a4", "w2-lsq", "w2-seq", "w1", "2:4", "s50", "s75-rbbm", "s50-gradual", "mxfp4", "nvfp4")
 
 
-def train(name: str, monkeypatch: pytest.MonkeyPatch, *, capture: bool, compiled: bool, steps: int = 8) -> list[float]:
+def train(
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    capture: bool,
+    compiled: bool,
+    steps: int = 8,
+    parameters: str = "fp32",
+) -> list[float]:
     monkeypatch.setenv("QPIPE_COMPILE", str(int(compiled)))
     monkeypatch.setenv("QPIPE_CAPTURE", str(int(capture)))
     run = small_run(name, steps=steps, width=128, feed_forward=256, precision="bf16")
     model = Decoder(run.shape, run.format_spec)
     model.initialize(0)
+    if parameters == "bf16":
+        shorten(model)
     step = TrainingStep(model.cuda(), run, 4, single=True)
     optimizer = make_optimizer(model, run.training)
     losses = []
@@ -44,6 +55,13 @@ def test_captured_steps_equal_plain_steps(name: str, monkeypatch: pytest.MonkeyP
     plain = train(name, monkeypatch, capture=False, compiled=False)
     captured = train(name, monkeypatch, capture=True, compiled=False)
     assert captured == pytest.approx(plain, rel=1e-3)  # the embedding's gradient is summed in no fixed order
+
+
+@on_gpu
+def test_captured_steps_of_bfloat16_parameters_are_left_to_torch(monkeypatch: pytest.MonkeyPatch):
+    plain = train("w2-seq", monkeypatch, capture=False, compiled=False, parameters="bf16")
+    captured = train("w2-seq", monkeypatch, capture=True, compiled=False, parameters="bf16")
+    assert captured[::2] == pytest.approx(plain[::2], rel=1e-2)
 
 
 @on_gpu
@@ -198,6 +216,141 @@ def test_rotated_and_rounded_activations(dtype: torch.dtype, rows: int, width: i
     assert steps[steps <= 0.5].max() < 0.05
     # At the border of what passes, rounding to 16 bits decides.
     assert (leaf.grad.cpu().double() - gradient).norm() < 0.05 * gradient.norm()
+
+
+SIZES = (1, 3, 130, 100_003, 2048, 4097)
+
+
+def two_groups(dtype: torch.dtype, device: str, sizes: tuple[int, ...] = SIZES) -> torch.optim.AdamW:
+    """AdamW of vectors, every other one with weight decay."""
+    generator = torch.Generator().manual_seed(0)
+    vectors = [torch.randn(size, generator=generator).to(device, dtype).requires_grad_() for size in sizes]
+    groups = [{"params": vectors[::2], "weight_decay": 0.1}, {"params": vectors[1::2], "weight_decay": 0.0}]
+    on_device = device == "cuda"
+    rate = torch.zeros((), device=device) if on_device else 0.0
+    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=on_device, capturable=on_device)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return optimizer
+
+
+def vectors_of(optimizer: torch.optim.AdamW) -> list[torch.Tensor]:
+    return [vector for group in optimizer.param_groups for vector in group["params"]]
+
+
+@on_gpu
+@pytest.mark.parametrize("clip", [0.05, 1e9])
+def test_captured_adamw(clip: float):
+    from qpipe.triton_adamw import CapturedAdamW, fits
+
+    exact, found = two_groups(torch.float64, "cpu"), two_groups(torch.float32, "cuda")
+    silent = 2  # gets no gradient
+    incoming = [torch.zeros_like(vector) for vector in vectors_of(found)]
+    for optimizer in (exact, found):  # the state of a first step
+        for number, vector in enumerate(vectors_of(optimizer)):
+            vector.grad = None if number == silent else torch.zeros_like(vector)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert fits(found)
+    update, graph = CapturedAdamW(found, clip), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        gradients = [None if n == silent else gradient * 1.0 for n, gradient in enumerate(incoming)]
+        for vector, gradient in zip(vectors_of(found), gradients, strict=True):
+            vector.grad = gradient
+        update.launch(torch.nn.utils.get_total_norm([g for g in gradients if g is not None]))
+    update.fill()
+    for step in range(5):
+        rate = 0.01 * (step + 1)
+        torch.manual_seed(step)
+        for number, (vector, gradient) in enumerate(zip(vectors_of(exact), incoming, strict=True)):
+            gradient.copy_(torch.randn(gradient.shape) * 0.01)
+            vector.grad = None if number == silent else gradient.cpu().double()
+        for group in exact.param_groups:
+            group["lr"] = rate
+        found.param_groups[0]["lr"].fill_(rate)
+        torch.nn.utils.clip_grad_norm_(vectors_of(exact), clip)
+        exact.step()
+        graph.replay()
+    for number, (vector, reference) in enumerate(zip(vectors_of(found), vectors_of(exact), strict=True)):
+        assert torch.allclose(vector.detach().cpu().double(), reference.detach(), rtol=1e-5, atol=1e-5)
+        if number != silent:
+            assert found.state[vector]["step"].item() == exact.state[reference]["step"].item() == 6
+            for name, least in (("exp_avg", 1e-8), ("exp_avg_sq", 1e-12)):
+                moment, expected = found.state[vector][name].cpu().double(), exact.state[reference][name]
+                assert torch.allclose(moment, expected, rtol=1e-4, atol=least)
+    # The state is torch's: another optimizer goes on from it.
+    other = two_groups(torch.float32, "cuda")
+    other.load_state_dict(found.state_dict())
+    for name in ("step", "exp_avg", "exp_avg_sq"):
+        for one, two in zip(vectors_of(found), vectors_of(other), strict=True):
+            if one in found.state:
+                assert torch.equal(found.state[one][name], other.state[two][name])
+
+
+@on_gpu
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_captured_adamw_spreads_what_is_not_finite_as_torch_does(poison: float):
+    from qpipe.triton_adamw import CapturedAdamW
+
+    plain, captured = two_groups(torch.float32, "cuda"), two_groups(torch.float32, "cuda")
+    for optimizer in (plain, captured):
+        for vector in vectors_of(optimizer):
+            vector.grad = torch.zeros_like(vector)
+        optimizer.step()
+        vectors_of(optimizer)[0].grad[0] = poison
+    torch.nn.utils.clip_grad_norm_(vectors_of(plain), 1.0)
+    plain.step()
+    update, graph = CapturedAdamW(captured, 1.0), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        update.launch(torch.nn.utils.get_total_norm([vector.grad for vector in vectors_of(captured)]))
+    update.fill()
+    graph.replay()
+    for one, two in zip(vectors_of(plain), vectors_of(captured), strict=True):
+        assert torch.equal(one.isnan(), two.isnan())
+
+
+@on_gpu
+def test_captured_adamw_reads_gradients_that_lie_otherwise():
+    from qpipe.triton_adamw import CapturedAdamW
+
+    weights = [torch.randn(64, 33, device="cuda").requires_grad_() for _ in range(2)]
+    rate = torch.full((), 0.01, device="cuda")
+    optimizer = torch.optim.AdamW(weights, lr=rate, fused=True, capturable=True)
+    exact = [weight.detach().cpu().double().requires_grad_() for weight in weights]
+    reference = torch.optim.AdamW(exact, lr=0.01)
+    for weight in (*weights, *exact):
+        weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    reference.step()
+    numbers = torch.randn(64 * 33 + 1, device="cuda")
+    gradients = [numbers[1:].view(64, 33), numbers[:-1].view(33, 64).t()]  # not at 16 bytes; transposed
+    for weight, double, gradient in zip(weights, exact, gradients, strict=True):
+        weight.grad, double.grad = None, gradient.cpu().double()
+        weight.grad = gradient
+    torch.nn.utils.clip_grad_norm_(exact, 1.0)
+    reference.step()
+    update, graph = CapturedAdamW(optimizer, 1.0), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        update.launch(torch.nn.utils.get_total_norm(gradients))
+    update.fill()
+    graph.replay()
+    for weight, double in zip(weights, exact, strict=True):
+        assert torch.allclose(weight.detach().cpu().double(), double.detach(), rtol=1e-5, atol=1e-6)
+
+
+@on_gpu
+def test_captured_adamw_wants_float32_and_state():
+    from qpipe.errors import QpipeError
+    from qpipe.triton_adamw import CapturedAdamW, fits
+
+    assert fits(two_groups(torch.float32, "cuda", (3, 5)))
+    assert not fits(two_groups(torch.bfloat16, "cuda", (3, 5)))
+    optimizer = two_groups(torch.float32, "cuda", (3, 5))
+    update = CapturedAdamW(optimizer, 1.0)
+    for vector in vectors_of(optimizer):
+        vector.grad = torch.ones_like(vector)
+    with pytest.raises(QpipeError, match="first gradient"):
+        update.launch(torch.ones((), device="cuda"))
 
 
 @on_gpu

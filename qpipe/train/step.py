@@ -4,14 +4,15 @@ A small model's step is hundreds of kernels of a few microseconds each, and laun
 running them takes the GPU. So on a single GPU the step is recorded once, after two ordinary steps have compiled and
 allocated everything, and then replayed as one launch (CUDA graph). What changes from step to step reaches the graph
 through tensors in fixed places: the tokens, the learning rate, the share a mask schedule keeps, and the generator's
-seed. The kernels are the same ones, so captured and plain steps agree.
+seed. The kernels are the same ones but for clipping and AdamW, which a captured step takes in one launch
+(`qpipe.triton_adamw`; where weights are kept in bfloat16 it stays with torch's), so captured and plain steps agree.
 
 QPIPE_COMPILE=0 and QPIPE_CAPTURE=0 turn compiling and capturing off, to look for trouble.
 """
 
 import os
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,9 @@ from qpipe.runs import Run
 from qpipe.train.schedule import run_learning_rate
 from qpipe.train.seeds import seed_device, step_seed
 from qpipe.train.shards import is_sharded
+
+if TYPE_CHECKING:
+    from qpipe.triton_adamw import CapturedAdamW
 
 _PLAIN_STEPS = 2
 """Steps before capturing: the first compiles and creates the optimizer's state, the second finds all in place."""
@@ -82,6 +86,7 @@ class TrainingStep:
         self.capturing = single and self.device.type == "cuda" and switched_on("QPIPE_CAPTURE", self.device)
         self.taken = 0
         self._optimizer: ReplayedAdamW | None = None
+        self._update: CapturedAdamW | None = None
         self._tokens = self._loss = self._norm = torch.empty(0)
 
     def __call__(
@@ -125,7 +130,7 @@ class TrainingStep:
         if self._optimizer is not None:
             self._optimizer.graph = None
             self._optimizer.zero_grad()
-        self._optimizer, self.capturing = None, False
+        self._optimizer, self._update, self.capturing = None, None, False
 
     def _prepare(self, tokens: Tensor, optimizer: ReplayedAdamW) -> None:
         """Make ready on the first step of an attempt."""
@@ -143,22 +148,39 @@ class TrainingStep:
 
     def _gradients(self, tokens: Tensor, backward: Callable[[Tensor], None]) -> tuple[Tensor, Tensor]:
         """Accumulate the gradient of the mean loss over the sequences and clip it; return loss and norm."""
+        loss = self._accumulate(tokens, backward)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.run.training.clip)
+        return loss, norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def _accumulate(self, tokens: Tensor, backward: Callable[[Tensor], None]) -> Tensor:
+        """Accumulate the gradient of the mean loss over the sequences; return the loss."""
         total = torch.zeros((), device=tokens.device)
         for part in tokens.long().split(self.micro_batch):
             loss = self.model.loss(part[:, :-1], part[:, 1:]) * (len(part) / len(tokens))
             backward(loss)
             total += loss.detach()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.run.training.clip)
-        return total, norm.full_tensor() if isinstance(norm, DTensor) else norm
+        return total
 
     def _capture(self, tokens: Tensor, optimizer: ReplayedAdamW, backward: Callable[[Tensor], None]) -> None:
         """Record one step, without taking it."""
+        from qpipe import triton_adamw  # there is a GPU
+
         self._tokens = tokens.clone()
         optimizer.zero_grad()
+        if triton_adamw.fits(optimizer):
+            self._update = triton_adamw.CapturedAdamW(optimizer, self.run.training.clip)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self._loss, self._norm = self._gradients(self._tokens, backward)
-            optimizer.step()
+            if self._update is None:
+                self._loss, self._norm = self._gradients(self._tokens, backward)
+                optimizer.step()
+            else:
+                self._loss = self._accumulate(self._tokens, backward)
+                gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+                self._norm = nn.utils.get_total_norm(gradients)
+                self._update.launch(self._norm)
+        if self._update is not None:
+            self._update.fill()
         optimizer.graph, self._optimizer = graph, optimizer
 
 
