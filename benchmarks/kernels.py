@@ -5,7 +5,7 @@ alone, from the profiler; TB/s counts the numbers that have to be read and writt
 choices of tile, warps, programs or stages than the ones in use (marked *).
 
     python benchmarks/kernels.py
-    python benchmarks/kernels.py softmax norm rotary rounding
+    python benchmarks/kernels.py softmax norm rotary rounding adamw
 """
 
 import argparse
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qpipe import triton_kernels, triton_norm, triton_rotary
+from qpipe import triton_adamw, triton_kernels, triton_norm, triton_rotary
 from qpipe.compress import triton_rounding
 from qpipe.compress.prepare import prepare
 from qpipe.compress.quantize import compress
@@ -181,8 +181,45 @@ def rounding() -> None:
         both_ways(f"rounding {width}", size, size, plain, [x])
 
 
+def matrices(layers: int, width: int, inner: int) -> list[Tensor]:
+    """Parameters with the shapes of a model's: embedding, head, and a block's products and norms."""
+    block = [(3 * width, width), (width, width), (2 * inner, width), (width, inner), (width,), (width,)]
+    shapes = [(WORDS, width), (WORDS, width), (width,), *block * layers]
+    return [torch.randn(shape, device="cuda").requires_grad_() for shape in shapes]
+
+
+def adamw() -> None:
+    """Norm, clipping and step: 28 bytes per parameter and 4 for the norm."""
+    for name, layers, width, inner in (("71M", 6, WIDTH, INNER), ("2.6M", 4, 32, 128)):
+        parameters = matrices(layers, width, inner)
+        rate = torch.full((), 1e-4, device="cuda")
+        optimizer = torch.optim.AdamW(parameters, lr=rate, fused=True, capturable=True)
+        for parameter in parameters:
+            parameter.grad = torch.randn_like(parameter)
+        size = 8 * FP32 * sum(parameter.numel() for parameter in parameters)
+
+        def plain(parameters: list[Tensor] = parameters, optimizer: torch.optim.AdamW = optimizer) -> None:
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+
+        def made(parameters: list[Tensor] = parameters, optimizer: torch.optim.AdamW = optimizer) -> Any:
+            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            update, graph = triton_adamw.CapturedAdamW(optimizer, 1.0), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                update.launch(torch.nn.utils.get_total_norm(gradients))
+            update.fill()
+            return update, graph  # the graph reads the table
+
+        show(f"adamw {name}, torch's clipping and step", size, plain)
+        for numbers, warps in ((2048, 4), (1024, 4), (2048, 8), (4096, 4), (4096, 8), (8192, 8)):
+            choice: dict[str, int] = {"_NUMBERS": numbers, "_WARPS": warps}
+            kept: Any = with_constants(triton_adamw, made, **choice)()
+            used = (numbers, warps) == (triton_adamw._NUMBERS, triton_adamw._WARPS)
+            show(f"adamw {name} as {numbers} numbers, {warps} warps{' *' * used}", size, kept[1].replay)
+
+
 def main() -> None:
-    groups = {function.__name__: function for function in (softmax, norm, rotary, rounding)}
+    groups = {function.__name__: function for function in (softmax, norm, rotary, rounding, adamw)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("groups", nargs="*", default=[*groups])
     for name in parser.parse_args().groups:
