@@ -48,20 +48,20 @@ STEP = {bits: gaussian_multiplier(f"int{bits}") for bits in (2, 3, 4, 8)}
 """Best step of 2^bits mid-rise levels in standard deviations; looked up here, since compiling the lookup fails."""
 
 
-class _Trust(torch.autograd.Function):
-    """Rounds to 2^bits mid-rise levels at the Gaussian-optimal scale; gradient where the error is at most half."""
+def _trust(rotated: Tensor, bits: int) -> Tensor:
+    """Round to 2^bits mid-rise levels at the Gaussian-optimal scale; gradient where the error is at most half a step.
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, bits: int) -> Tensor:
-        step = STEP[bits] * x.float().square().mean(-1, keepdim=True).sqrt() + 1e-8
-        top = 2 ** (bits - 1) - 0.5
-        value = ((x / step).floor() + 0.5).clamp(-top, top) * step
-        ctx.save_for_backward((value - x).abs() <= step / 2)
-        return value.to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0] * ctx.saved_tensors[0], None
+    As the published code writes it: the numbers times a float mask, plus a difference without gradient, all left to
+    autograd and the compiler.
+    """
+    with torch.no_grad():
+        deviation = rotated.square().mean(-1, keepdim=True).sqrt()
+        step = STEP[bits] * deviation + 1e-8
+        top = (2 ** (bits - 1) - 0.5) * step
+        value = torch.round(rotated.clamp(-top, top) / step + 0.5) * step - step / 2
+        mask = ((value - rotated).abs() <= deviation * STEP[bits] / 2).float()
+    passed = rotated * mask
+    return passed + (value - passed).detach()
 
 
 class _ReferenceLinear(nn.Linear):
@@ -81,10 +81,10 @@ class _ReferenceLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.hadamard is None:
             return super().forward(x)
-        weight = _Trust.apply(self.weight @ self.hadamard, self.bits[0])
+        weight = _trust(self.weight @ self.hadamard, self.bits[0])
         if self.bits[1] == 16:
             return F.linear(x, weight @ self.hadamard)
-        return F.linear(_Trust.apply(x @ self.hadamard, self.bits[1]), weight)
+        return F.linear(_trust(x @ self.hadamard, self.bits[1]), weight)
 
 
 class _ReferenceBlock(nn.Module):
@@ -277,8 +277,9 @@ def leave_out(names: list[str]) -> None:
         query_key, value = qkv.split([heads + kv_heads, kv_heads], dim=2)
         return (*qpipe.model.rotate(query_key, cosine, sine).split([heads, kv_heads], dim=2), value)
 
-    def plain_product(total: Tensor, gradient: Tensor, part: Tensor) -> None:
-        total += torch.mm(gradient.T, part, out_dtype=total.dtype)
+    def plain_product(total: Tensor, gradient: Tensor, part: Tensor, *, first: bool) -> None:
+        product = torch.mm(gradient.T, part, out_dtype=total.dtype)
+        total.copy_(product) if first else total.add_(product)
 
     changes: dict[str, tuple[Any, str, Any]] = {
         "norm": (Decoder, "_hidden_with_joined_norms", plain_norms),

@@ -120,9 +120,9 @@ class Decoder(nn.Module):
         """The same features, where each sum into the residual is taken together with the norm that reads it."""
         blocks: list[Any] = list(self.blocks)
         norms = [*(block.attention_norm.weight for block in blocks), self.norm.weight]
-        features, normed = add_norm(features, None, norms[0], self.shape.norm_epsilon)
+        features, normed, mean_square = add_norm(features, None, norms[0], self.shape.norm_epsilon)
         for block, next_norm in zip(blocks, norms[1:], strict=True):
-            features, normed = block(features, cosine, sine, normed, next_norm)
+            features, normed, mean_square = block(features, cosine, sine, normed, mean_square, next_norm)
         return normed
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
@@ -163,25 +163,30 @@ class Block(nn.Module):
         cosine: Tensor,
         sine: Tensor,
         normed: Tensor | None = None,
+        mean_square: Tensor | None = None,
         next_norm: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor | None]:
         """Map features (B, T, D) to features.
 
-        With `normed`, the features after this block's first norm, and `next_norm`, the weight of the norm that reads
-        the result, return the pair (features, features after that norm).
+        With `normed` and `mean_square`, what `add_norm` made of the features and this block's first norm, and
+        `next_norm`, the weight of the norm that reads the result, return what it makes of those.
         """
         normed = self.attention_norm(features) if normed is None else normed
-        update = self.attention(normed, cosine, sine)
+        update = self.attention(normed, cosine, sine, mean_square)
         epsilon = self.feed_forward_norm.eps
         if next_norm is None:
             features = features + update
             return features + self.feed_forward(self.feed_forward_norm(features))
-        features, normed = add_norm(features, update, self.feed_forward_norm.weight, epsilon)
-        return add_norm(features, self.feed_forward(normed), next_norm, epsilon)
+        features, normed, mean_square = add_norm(features, update, self.feed_forward_norm.weight, epsilon)
+        return add_norm(features, self.feed_forward(normed, mean_square), next_norm, epsilon)
 
 
-def add_norm(residual: Tensor, update: Tensor | None, weight: Tensor, epsilon: float | None) -> tuple[Tensor, Tensor]:
-    """Return residual + update (B, T, D) and its root-mean-square norm, in the precision in which products run."""
+def add_norm(
+    residual: Tensor, update: Tensor | None, weight: Tensor, epsilon: float | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return residual + update (B, T, D), its root-mean-square norm in the precision in which products run, and, from
+    GPUs, the mean square of the latter (B, T).
+    """
     assert epsilon is not None
     device = residual.device.type
     if update is not None:
@@ -189,10 +194,16 @@ def add_norm(residual: Tensor, update: Tensor | None, weight: Tensor, epsilon: f
     else:
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else residual.dtype
     if residual.is_cuda:
-        both: tuple[Tensor, Tensor] = triton_norm.AddNorm.apply(residual, update, weight, epsilon, dtype)
-        return both
+        results: tuple[Tensor, Tensor, Tensor] = triton_norm.AddNorm.apply(residual, update, weight, epsilon, dtype)
+        return results
     residual = residual if update is None else residual + update
-    return residual, F.rms_norm(residual, weight.shape, weight, epsilon).to(dtype)
+    return residual, F.rms_norm(residual, weight.shape, weight, epsilon).to(dtype), None
+
+
+def project(layer: nn.Linear | CompressedLinear, features: Tensor, mean_square: Tensor | None) -> Tensor:
+    """Return the layer's product with features (B, T, D), whose mean squares (B, T) rounding them can use."""
+    result: Tensor = layer(features, mean_square) if isinstance(layer, CompressedLinear) else layer(features)
+    return result
 
 
 class Attention(nn.Module):
@@ -205,10 +216,12 @@ class Attention(nn.Module):
         self.qkv = make_linear(shape.width, rows, representation, bias=shape.qkv_bias, device=device)
         self.out = make_linear(shape.heads * shape.head_dim, shape.width, representation, device=device)
 
-    def forward(self, features: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-        """Map normed features (B, T, D) to the attention's contribution to the residual."""
+    def forward(self, features: Tensor, cosine: Tensor, sine: Tensor, mean_square: Tensor | None = None) -> Tensor:
+        """Map normed features (B, T, D), of mean squares (B, T), to the attention's contribution to the residual."""
         batch, length, _ = features.shape
-        qkv = self.qkv(features).view(batch, length, self.heads + 2 * self.kv_heads, self.head_dim)
+        qkv = project(self.qkv, features, mean_square).view(
+            batch, length, self.heads + 2 * self.kv_heads, self.head_dim
+        )
         query, key, value = rotated_parts(qkv, cosine, sine, self.heads, self.kv_heads)
         mixed = F.scaled_dot_product_attention(
             query.transpose(1, 2),
@@ -228,9 +241,9 @@ class FeedForward(nn.Module):
         self.gate_up = make_linear(shape.width, 2 * shape.feed_forward, representation, device=device)
         self.down = make_linear(shape.feed_forward, shape.width, representation, device=device)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Map normed features (B, T, D) to the feed-forward's contribution to the residual."""
-        return self.down(swiglu(self.gate_up(features)))
+    def forward(self, features: Tensor, mean_square: Tensor | None = None) -> Tensor:
+        """Map normed features (B, T, D), of mean squares (B, T), to the feed-forward's contribution to the residual."""
+        return project(self.down, *swiglu(project(self.gate_up, features, mean_square)))
 
 
 class Embedding(nn.Embedding):
@@ -249,13 +262,16 @@ def embed(tokens: Tensor, weight: Tensor) -> Tensor:
     return F.embedding(tokens, weight)
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
-    """Return silu(gate) * up of the two halves of the last dimension, (..., 2 F) -> (..., F)."""
+def swiglu(gate_up: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return silu(gate) * up of the two halves of the last dimension, (..., 2 F) -> (..., F).
+
+    From GPUs also its mean square, (...).
+    """
     if gate_up.is_cuda:
-        product: Tensor = triton_kernels.SwiGLU.apply(gate_up)
-        return product
+        results: tuple[Tensor, Tensor] = triton_kernels.SwiGLU.apply(gate_up)
+        return results
     gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    return F.silu(gate) * up, None
 
 
 def rotary_tables(shape: ModelShape) -> tuple[Tensor, Tensor]:
@@ -332,13 +348,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             rows = _chunk_rows(hidden.device, weight.shape[0])
             loss = hidden.new_zeros((), dtype=torch.float32)
             hidden_gradient = torch.empty_like(features)
-            weight_gradient = torch.zeros_like(weight)
+            weight_gradient = torch.empty_like(weight)
             for start in range(0, len(features), rows):
                 part, target = features[start : start + rows], targets[start : start + rows, None]
                 part_loss, gradient = _loss_and_gradient(part @ head.T, target, 1 / len(features))
                 loss += part_loss
                 torch.mm(gradient, head, out=hidden_gradient[start : start + rows])
-                _add_product(weight_gradient, gradient, part)
+                _add_product(weight_gradient, gradient, part, first=start == 0)
                 del gradient  # so that the next chunk of logits takes its place
         ctx.save_for_backward(hidden_gradient, weight_gradient)
         ctx.dtype = hidden.dtype
@@ -347,7 +363,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, Tensor, None]:
         hidden_gradient, weight_gradient = ctx.saved_tensors
-        times = triton_kernels.times if hidden_gradient.is_cuda else torch.mul
+        times = triton_kernels.times_ if hidden_gradient.is_cuda else torch.mul
         return times(hidden_gradient.to(ctx.dtype), outputs[0]), times(weight_gradient, outputs[0]), None
 
 
@@ -365,12 +381,19 @@ def _loss_and_gradient(logits: Tensor, target: Tensor, scale: float) -> tuple[Te
     return loss, gradient.mul_(scale).to(logits.dtype)
 
 
-def _add_product(total: Tensor, gradient: Tensor, part: Tensor) -> None:
-    """Add gradient^T part to the float32 `total`, accumulating in float32 whatever the factors' precision."""
+def _add_product(total: Tensor, gradient: Tensor, part: Tensor, *, first: bool) -> None:
+    """Add gradient^T part to the float32 `total`, accumulating in float32 whatever the factors' precision.
+
+    The first product replaces what is there.
+    """
     if gradient.dtype == total.dtype:
-        total.addmm_(gradient.T, part)
+        torch.addmm(total, gradient.T, part, beta=0 if first else 1, out=total)
+    elif total.is_cuda and first:
+        torch.mm(gradient.T, part, out_dtype=total.dtype, out=total)
     elif total.is_cuda:
         torch.addmm(total, gradient.T, part, out_dtype=total.dtype, out=total)
+    elif first:
+        total.copy_(gradient.T @ part)
     else:
         total += gradient.T @ part
 

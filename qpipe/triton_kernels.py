@@ -5,7 +5,7 @@
 * SwiGLU's backward pass writes the gradients of gate and up side by side as one array, which is what the fused
   gate-and-up product wants; generated code computes both halves for each place and throws one away.
 * The embedding's gradient is added token by token where it belongs; the library sorts the tokens first.
-* Arrays times one number on the device: the library reads the number again for each place, at half the speed.
+* Arrays times one number on the device: usually that number is 1, and the arrays need not be touched.
 
 This module imports Triton, so it is imported only where there is a GPU. Arithmetic is float32 inside.
 """
@@ -22,6 +22,9 @@ _LANES, _NUMBERS = 1024, 8
 
 _WARPS = 16
 _BLOCK = 1024
+
+_SWIGLU_NUMBERS, _SWIGLU_PER_WARP = 2048, 512
+"""Numbers that a program handles at a time, and a warp of it."""
 
 
 @triton.jit
@@ -74,24 +77,28 @@ def softmax_gradient_(logits: Tensor, targets: Tensor, scale: float) -> Tensor:
 
 
 @triton.jit
-def _swiglu_forward(gate_up, out, width, block: tl.constexpr):  # type: ignore[no-untyped-def]
-    row = tl.program_id(0).to(tl.int64)
-    place = tl.program_id(1) * block + tl.arange(0, block)
-    inside = place < width
-    gate = tl.load(gate_up + row * 2 * width + place, mask=inside).to(tl.float32)
-    up = tl.load(gate_up + row * 2 * width + width + place, mask=inside).to(tl.float32)
-    tl.store(out + row * width + place, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), mask=inside)
+def _swiglu_forward(gate_up, out, mean_square, rows, width: tl.constexpr, block: tl.constexpr, tile: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0) * tile + tl.arange(0, tile)
+    column = tl.arange(0, block)[None, :]
+    inside = (row < rows)[:, None] & (column < width)
+    place = row.to(tl.int64)[:, None] * width + column
+    start = place + row.to(tl.int64)[:, None] * width
+    gate = tl.load(gate_up + start, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + start + width, mask=inside, other=0.0).to(tl.float32)
+    product = gate * tl.sigmoid(gate) * up
+    tl.store(out + place, product.to(out.dtype.element_ty), mask=inside)
+    tl.store(mean_square + row, tl.sum(product * product, 1) / width, mask=row < rows)
 
 
 @triton.jit
-def _swiglu_backward(gate_up, gradient, out, width, block: tl.constexpr):  # type: ignore[no-untyped-def]
-    row = tl.program_id(0).to(tl.int64)
-    place = tl.program_id(1) * block + tl.arange(0, block)
-    inside = place < width
-    start = row * 2 * width + place
-    gate = tl.load(gate_up + start, mask=inside).to(tl.float32)
-    up = tl.load(gate_up + start + width, mask=inside).to(tl.float32)
-    incoming = tl.load(gradient + row * width + place, mask=inside).to(tl.float32)
+def _swiglu_backward(gate_up, gradient, out, rows, width: tl.constexpr, block: tl.constexpr, tile: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = (tl.program_id(0) * tile + tl.arange(0, tile)).to(tl.int64)[:, None]
+    column = tl.arange(0, block)[None, :]
+    inside = (row < rows) & (column < width)
+    start = row * 2 * width + column
+    gate = tl.load(gate_up + start, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + start + width, mask=inside, other=0.0).to(tl.float32)
+    incoming = tl.load(gradient + row * width + column, mask=inside, other=0.0).to(tl.float32)
     share = tl.sigmoid(gate)
     to_gate = incoming * up * share * (1.0 + gate * (1.0 - share))
     tl.store(out + start, to_gate.to(out.dtype.element_ty), mask=inside)
@@ -99,17 +106,25 @@ def _swiglu_backward(gate_up, gradient, out, width, block: tl.constexpr):  # typ
 
 
 class SwiGLU(torch.autograd.Function):
-    """silu(gate) * up of the two halves of the last dimension, (..., 2 F) -> (..., F)."""
+    """silu(gate) * up of the two halves of the last dimension, (..., 2 F) -> (..., F), and its mean square, (...).
+
+    The second result has no gradient.
+    """
 
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
-        """Return the product; keeps its input."""
+    def forward(ctx: Any, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the product and its mean square per token; keeps its input."""
         gate_up = gate_up.contiguous()
         width = gate_up.shape[-1] // 2
         out = gate_up.new_empty(*gate_up.shape[:-1], width)
-        _swiglu_forward[(out.numel() // width, triton.cdiv(width, _BLOCK))](gate_up, out, width, block=_BLOCK)
+        mean_square = gate_up.new_empty(gate_up.shape[:-1], dtype=torch.float32)
+        rows, (block, tile, warps) = mean_square.numel(), row_tiles(width, _SWIGLU_NUMBERS, _SWIGLU_PER_WARP)
+        _swiglu_forward[(triton.cdiv(rows, tile),)](
+            gate_up, out, mean_square, rows, width=width, block=block, tile=tile, num_warps=warps
+        )
         ctx.save_for_backward(gate_up)
-        return out
+        ctx.mark_non_differentiable(mean_square)
+        return out, mean_square
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
@@ -118,9 +133,18 @@ class SwiGLU(torch.autograd.Function):
         gradient = gradients[0].contiguous()
         width = gradient.shape[-1]
         out = torch.empty_like(gate_up)
-        grid = (gradient.numel() // width, triton.cdiv(width, _BLOCK))
-        _swiglu_backward[grid](gate_up, gradient, out, width, block=_BLOCK)
+        rows, (block, tile, warps) = gradient.numel() // width, row_tiles(width, _SWIGLU_NUMBERS, _SWIGLU_PER_WARP)
+        _swiglu_backward[(triton.cdiv(rows, tile),)](
+            gate_up, gradient, out, rows, width=width, block=block, tile=tile, num_warps=warps
+        )
         return out
+
+
+def row_tiles(width: int, numbers: int, per_warp: int) -> tuple[int, int, int]:
+    """Return the padded width of a row, the rows and the warps of a program that handles `numbers` as whole rows."""
+    block = triton.next_power_of_2(width)
+    tile = max(1, numbers // block)
+    return block, tile, min(32, max(1, tile * block // per_warp))
 
 
 @triton.jit
@@ -155,14 +179,19 @@ class Embedding(torch.autograd.Function):
 
 
 @triton.jit
-def _times(numbers, factor, out, count, block: tl.constexpr):  # type: ignore[no-untyped-def]
-    place = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
-    product = tl.load(numbers + place, mask=place < count).to(tl.float32) * tl.load(factor).to(tl.float32)
-    tl.store(out + place, product.to(out.dtype.element_ty), mask=place < count)
+def _times(numbers, factor, count, block: tl.constexpr):  # type: ignore[no-untyped-def]
+    by = tl.load(factor).to(tl.float32)
+    if by != 1.0:
+        place = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+        product = tl.load(numbers + place, mask=place < count).to(tl.float32) * by
+        tl.store(numbers + place, product.to(numbers.dtype.element_ty), mask=place < count)
 
 
-def times(numbers: Tensor, factor: Tensor) -> Tensor:
-    """Return contiguous numbers of any shape times a factor () that stays on the device, in the numbers' dtype."""
-    out = torch.empty_like(numbers)
-    _times[(triton.cdiv(numbers.numel(), _BLOCK),)](numbers, factor, out, numbers.numel(), block=_BLOCK)
-    return out
+def times_(numbers: Tensor, factor: Tensor) -> Tensor:
+    """Multiply contiguous numbers of any shape, in place, by a factor () that stays on the device; return them.
+
+    With a factor of 1, which is that of a loss taken in one go, nothing is read or written.
+    """
+    _times[(triton.cdiv(numbers.numel(), 4 * _BLOCK),)](numbers, factor, numbers.numel(), block=4 * _BLOCK)
+    torch.autograd.graph.increment_version(numbers)  # a second backward pass is told, as after any change in place
+    return numbers

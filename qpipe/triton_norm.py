@@ -2,7 +2,8 @@
 
     out = residual + update,    normed = out / rms(out) * weight
 
-Forward reads residual and update and writes both results. Backward reads what was summed and the gradients of both
+Forward reads residual and update and writes both results, and the mean square of each normed token, which is the scale
+of whoever rounds it next. Backward reads what was summed and the gradients of both
 results, and writes the gradient of the residual and, rounded to the update's precision, of the update: generated code
 reads the residual's gradient once more to round it, and is far from memory speed where it sums the weight's gradient.
 Here each program sums the weight's gradient over the rows it sees, and those sums are added up after.
@@ -19,10 +20,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_NUMBERS = 2048
-"""Numbers that a program handles at a time, as whole rows where they are shorter."""
+from qpipe.triton_kernels import row_tiles
 
-_PER_WARP = 512
+_NUMBERS, _PER_WARP = 2048, 512
+"""Numbers that a program handles at a time, as whole rows where they are shorter, and a warp of it: forward."""
+
+_BACK_NUMBERS, _BACK_PER_WARP, _BACK_STAGES = 2048, 512, 1
+"""The same, and rows that are on their way from memory at a time: backward."""
 
 _PROGRAMS = 1024
 """Programs of the backward pass, some for each multiprocessor of any GPU; each leaves a row of sums."""
@@ -30,31 +34,33 @@ _PROGRAMS = 1024
 
 @triton.jit
 def _forward(  # type: ignore[no-untyped-def]
-    residual, update, weight, out, normed, rows,
+    residual, update, weight, out, normed, mean_square, rows,
     epsilon: tl.constexpr, width: tl.constexpr, block: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * tile + tl.arange(0, tile)[:, None]
+    row = tl.program_id(0) * tile + tl.arange(0, tile)
     column = tl.arange(0, block)[None, :]
-    inside = (row < rows) & (column < width)
-    place = row.to(tl.int64) * width + column
+    inside = (row < rows)[:, None] & (column < width)
+    place = row.to(tl.int64)[:, None] * width + column
     x = tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
     if update is not None:
         x += tl.load(update + place, mask=inside, other=0.0).to(tl.float32)
         tl.store(out + place, x.to(out.dtype.element_ty), mask=inside)
     scale = tl.rsqrt(tl.sum(x * x, 1) / width + epsilon)[:, None]
     gain = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)
-    tl.store(normed + place, (x * scale * gain).to(normed.dtype.element_ty), mask=inside)
+    x *= scale * gain
+    tl.store(normed + place, x.to(normed.dtype.element_ty), mask=inside)
+    tl.store(mean_square + row, tl.sum(x * x, 1) / width, mask=row < rows)
 
 
 @triton.jit
 def _backward(  # type: ignore[no-untyped-def]
     summed, weight, to_out, to_normed, to_residual, to_update, to_weight, rows,
-    epsilon: tl.constexpr, width: tl.constexpr, block: tl.constexpr, tile: tl.constexpr,
+    epsilon: tl.constexpr, width: tl.constexpr, block: tl.constexpr, tile: tl.constexpr, stages: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, block)[None, :]
     gain = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)
     total = tl.zeros((tile, block), tl.float32)
-    for start in range(tl.program_id(0) * tile, rows, tl.num_programs(0) * tile):
+    for start in tl.range(tl.program_id(0) * tile, rows, tl.num_programs(0) * tile, num_stages=stages):
         row = start + tl.arange(0, tile)[:, None]
         inside = (row < rows) & (column < width)
         place = row.to(tl.int64) * width + column
@@ -73,54 +79,50 @@ def _backward(  # type: ignore[no-untyped-def]
     tl.store(to_weight + tl.program_id(0) * width + column, tl.sum(total, 0)[None, :], mask=column < width)
 
 
-def _sizes(width: int) -> tuple[int, int, int]:
-    """Return the padded width, the rows at a time and the warps for them."""
-    block = triton.next_power_of_2(width)
-    tile = max(1, _NUMBERS // block)
-    return block, tile, max(4, tile * block // _PER_WARP)
-
-
 class AddNorm(torch.autograd.Function):
-    """(residual, update, weight, epsilon, dtype) -> (residual + update, its root-mean-square norm times the weight).
+    """(residual, update, weight, epsilon, dtype) -> (residual + update, that normed, the mean square of the latter).
 
-    Shapes (..., width) and, for the weight, (width,); the first result has the residual's dtype, the second `dtype`.
-    Without an update (None) the first result is the residual itself, so that its two gradients meet in the kernel.
+    Shapes (..., width) and, for the weight, (width,); the first result has the residual's dtype, the second, the root-
+    mean-square norm times the weight, has `dtype`; the third, (...), is float32 and has no gradient. Without an update
+    (None) the first result is the residual itself, so that its two gradients meet in the kernel.
     """
 
     @staticmethod
     def forward(
         ctx: Any, residual: Tensor, update: Tensor | None, weight: Tensor, epsilon: float, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        """Return both results; keeps the sum."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return all results; keeps the sum."""
         residual = residual.contiguous()
         update = None if update is None else update.contiguous()
         width = residual.shape[-1]
         rows = residual.numel() // width
         out = residual.view_as(residual) if update is None else torch.empty_like(residual)
         normed = torch.empty_like(residual, dtype=dtype)
-        block, tile, warps = _sizes(width)
+        mean_square = torch.empty(residual.shape[:-1], dtype=torch.float32, device=residual.device)
+        block, tile, warps = row_tiles(width, _NUMBERS, _PER_WARP)
         _forward[(triton.cdiv(rows, tile),)](
-            residual, update, weight, out, normed, rows,
+            residual, update, weight, out, normed, mean_square, rows,
             epsilon=epsilon, width=width, block=block, tile=tile, num_warps=warps,
         )  # fmt: skip
         ctx.save_for_backward(out, weight)
         ctx.epsilon, ctx.update_dtype = epsilon, None if update is None else update.dtype
-        return out, normed
+        ctx.mark_non_differentiable(mean_square)
+        return out, normed, mean_square
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, Tensor, None, None]:
         """Return the gradients of residual, update and weight."""
         out, weight = ctx.saved_tensors
-        to_out, to_normed = (gradient.contiguous() for gradient in gradients)
+        to_out, to_normed = (gradient.contiguous() for gradient in gradients[:2])
         width = out.shape[-1]
         rows = out.numel() // width
-        block, tile, warps = _sizes(width)
+        block, tile, warps = row_tiles(width, _BACK_NUMBERS, _BACK_PER_WARP)
         programs = min(_PROGRAMS, triton.cdiv(rows, tile))
         to_residual = torch.empty_like(out)
         to_update = None if ctx.update_dtype is None else torch.empty_like(out, dtype=ctx.update_dtype)
         to_weight = torch.empty(programs, width, dtype=torch.float32, device=out.device)
         _backward[(programs,)](
             out, weight, to_out, to_normed, to_residual, to_update, to_weight, rows,
-            epsilon=ctx.epsilon, width=width, block=block, tile=tile, num_warps=warps,
+            epsilon=ctx.epsilon, width=width, block=block, tile=tile, stages=_BACK_STAGES, num_warps=warps,
         )  # fmt: skip
         return to_residual, to_update, to_weight.sum(0).to(weight.dtype), None, None

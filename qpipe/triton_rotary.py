@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_NUMBERS = 1024
+_NUMBERS = 512
 """Numbers per half of a head that a program handles at a time."""
 
 

@@ -134,10 +134,12 @@ def test_swiglu(width: int):
     gate_up = torch.randn(3, 5, 2 * width, requires_grad=True)
     on_device = gate_up.detach().cuda().requires_grad_()
     incoming = torch.randn(3, 5, width)
-    expected, found = swiglu(gate_up), swiglu(on_device)
+    (expected, _), (found, mean_square) = swiglu(gate_up), swiglu(on_device)
+    assert mean_square is not None
     expected.backward(incoming)
     found.backward(incoming.cuda())
     assert torch.allclose(found.cpu(), expected, atol=1e-5)
+    assert torch.allclose(mean_square.cpu(), expected.square().mean(-1), rtol=1e-4)
     assert torch.allclose(on_device.grad.cpu(), gate_up.grad, atol=1e-5)
 
 
@@ -153,7 +155,7 @@ def test_sum_and_norm(dtype: torch.dtype, width: int, updated: bool):
     incoming = [torch.randn(3, 700, width), torch.randn(3, 700, width).to(dtype)]
     leaves = [tensor.cuda().requires_grad_() for tensor in given]
     results = AddNorm.apply(leaves[0], leaves[1] if updated else None, leaves[2], 1e-5, dtype)
-    torch.autograd.backward(results, [gradient.cuda() for gradient in incoming])
+    torch.autograd.backward(results[:2], [gradient.cuda() for gradient in incoming])
     exact = [tensor.double().requires_grad_() for tensor in given]
     total = exact[0] + exact[1] if updated else exact[0]
     expected = total, torch.nn.functional.rms_norm(total, (width,), exact[2], 1e-5)
@@ -161,6 +163,7 @@ def test_sum_and_norm(dtype: torch.dtype, width: int, updated: bool):
     coarse = 1e-5 if dtype == torch.float32 else 2**-7
     assert torch.allclose(results[0].cpu().double(), expected[0], rtol=1e-5, atol=1e-5)
     assert torch.allclose(results[1].cpu().double(), expected[1], rtol=coarse, atol=1e-5)
+    assert torch.allclose(results[2].cpu().double(), expected[1].square().mean(-1), rtol=1e-4)
     assert torch.allclose(leaves[0].grad.cpu().double(), exact[0].grad, rtol=1e-5, atol=1e-5)
     assert torch.allclose(leaves[2].grad.cpu().double(), exact[2].grad, rtol=1e-4, atol=1e-3)
     if updated:
@@ -189,11 +192,18 @@ def test_rotary_positions(dtype: torch.dtype, sizes: tuple[int, int, int, int, i
         assert torch.allclose(part.cpu().double(), reference, rtol=coarse, atol=1e-5)
 
 
+def exactly_rotated(x: torch.Tensor, block: int) -> torch.Tensor:
+    """x H in float64."""
+    matrix = hadamard(block, torch.device("cpu"), torch.float64)
+    return (x.double().unflatten(-1, (-1, block)) @ matrix).flatten(-2)
+
+
 @on_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("rows", "width", "block"), [(7, 48, 16), (300, 640, 128), (33, 160, 32)])
 @pytest.mark.parametrize("name", ["w4a4", "w2a2"])
-def test_rotated_and_rounded_activations(dtype: torch.dtype, rows: int, width: int, block: int, name: str):
+@pytest.mark.parametrize("given", [False, True])
+def test_rotated_and_rounded_activations(dtype: torch.dtype, rows: int, width: int, block: int, name: str, given: bool):
     from qpipe.compress.triton_rounding import RotateAndRound
 
     part = resolve(name).activations
@@ -203,13 +213,14 @@ def test_rotated_and_rounded_activations(dtype: torch.dtype, rows: int, width: i
     x, incoming = torch.randn(2, rows, width).to(dtype), torch.randn(2, rows, width).to(dtype)
     x[0, 0] = 0
     leaf = x.cuda().requires_grad_()
-    found = RotateAndRound.apply(leaf, hadamard(block, leaf.device, dtype), multiplier, float(top))
+    mean_square = leaf.detach().float().square().mean(-1) if given else None
+    matrix = hadamard(block, leaf.device, dtype)
+    found = RotateAndRound.apply(leaf, matrix, multiplier, float(top), mean_square, dtype)
     found.backward(incoming.cuda())
-    exact, matrix = x.double(), hadamard(block, x.device, torch.float64)
-    scale = exact.square().mean(-1, keepdim=True).sqrt() * multiplier
-    y = torch.where(scale > 0, (exact.unflatten(-1, (-1, block)) @ matrix).flatten(-2) / scale, 0.0)
+    scale = x.double().square().mean(-1, keepdim=True).sqrt() * multiplier
+    y = torch.where(scale > 0, exactly_rotated(x, block) / scale, 0.0)
     expected = (y.floor().clamp(-top, top - 1) + 0.5) * scale
-    gradient = ((incoming.double() * (y.abs() <= top)).unflatten(-1, (-1, block)) @ matrix).flatten(-2)
+    gradient = exactly_rotated(incoming.double() * (y.abs() <= top), block)
     steps = (found.cpu().double() - expected).abs() / scale.clamp(min=1e-9)
     assert (steps > 0.5).double().mean() < 0.02  # numbers that rounding to 16 bits moves over a border
     assert steps.max() < 1.1
@@ -351,6 +362,51 @@ def test_captured_adamw_wants_float32_and_state():
         vector.grad = torch.ones_like(vector)
     with pytest.raises(QpipeError, match="first gradient"):
         update.launch(torch.ones((), device="cuda"))
+
+
+@on_gpu
+@pytest.mark.parametrize(("rows", "width", "block"), [(7, 48, 16), (300, 640, 128), (33, 160, 32)])
+@pytest.mark.parametrize("back", [False, True])
+def test_rotated_and_rounded_weights(rows: int, width: int, block: int, back: bool):
+    """In float32 nothing but the sums' order differs from float64, so almost no weight takes another level."""
+    from qpipe.compress.triton_rounding import RotateAndRound
+
+    part = resolve("w3").weights
+    assert part is not None
+    multiplier, top = prepare(part).multiplier, 4
+    torch.manual_seed(0)
+    weight, incoming = torch.randn(rows, width), torch.randn(rows, width)
+    leaf = weight.cuda().requires_grad_()
+    matrix, mean_square = hadamard(block, leaf.device, torch.float32), leaf.detach().square().mean(-1)
+    found = RotateAndRound.apply(leaf, matrix, multiplier, float(top), mean_square, torch.float32, back)
+    found.backward(incoming.cuda())
+    scale = weight.double().square().mean(-1, keepdim=True).sqrt() * multiplier
+    y = exactly_rotated(weight, block) / scale
+    expected = (y.floor().clamp(-top, top - 1) + 0.5) * scale
+    gradient = exactly_rotated(incoming, block) if back else incoming.double()
+    gradient = exactly_rotated(gradient * (y.abs() <= top), block)
+    if back:
+        expected = exactly_rotated(expected, block)
+    near = 1e-4 if back else 1e-5
+    assert ((found.cpu().double() - expected).abs() > near).double().mean() < (2 * block * 1e-5 if back else 1e-5)
+    assert (leaf.grad.cpu().double() - gradient).norm() < 1e-3 * gradient.norm()
+    assert ((leaf.grad.cpu().double() - gradient).abs() > near).double().mean() < 2 * block * 1e-5
+
+
+@on_gpu
+@pytest.mark.parametrize("factor", [1.0, 0.25])
+def test_the_head_is_told_by_what_its_loss_is_multiplied(factor: float):
+    torch.manual_seed(0)
+    hidden, weight, targets = torch.randn(30, 16), torch.randn(50, 16), torch.randint(0, 50, (30,))
+    leaves = [tensor.cuda().requires_grad_() for tensor in (hidden, weight)]
+    loss = linear_cross_entropy(*leaves, targets.cuda()) * factor
+    loss.backward(retain_graph=True)
+    exact = [tensor.double().requires_grad_() for tensor in (hidden, weight)]
+    (torch.nn.functional.cross_entropy(exact[0] @ exact[1].T, targets) * factor).backward()
+    for leaf, expected in zip(leaves, exact, strict=True):
+        assert torch.allclose(leaf.grad.cpu().double(), expected.grad, atol=1e-5)
+    with pytest.raises(RuntimeError, match="inplace"):
+        loss.backward()  # the gradients were multiplied where they lay
 
 
 @on_gpu

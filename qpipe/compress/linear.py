@@ -79,6 +79,7 @@ class CompressedLinear(nn.Module):
         self._weights = prepare(representation.weights) if representation.weights else None
         self._activations = prepare(representation.activations) if representation.activations else None
         self._has_kernel = _has_kernel(self._activations, self.block)
+        self._has_weight_kernel = _has_kernel(self._weights, self.block)
         mask = self._weights.mask if self._weights else None
         self.kept_share: Tensor | None
         self.register_buffer("kept_share", None)
@@ -121,16 +122,36 @@ class CompressedLinear(nn.Module):
         self.weight.copy_(weight if part is None else power_inverse(weight, part.power))
         self.scales_ready = self.weight_scale is None and self.activation_scale is None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`x`, shape (..., in_features) -> (..., out_features)."""
+    def forward(self, x: Tensor, mean_square: Tensor | None = None) -> Tensor:
+        """`x`, shape (..., in_features) -> (..., out_features).
+
+        Who knows the mean square of every token, shape (...), can give it: a kernel then reads `x` once, not twice.
+        """
         if not self.scales_ready:
             self._start_scales(x)
-        x = self._represent_input(x)
+        x = self._represent_input(x, mean_square)
+        return functional.linear(x, self._product_weight(x), self.bias)
+
+    def _product_weight(self, x: Tensor) -> Tensor:
+        """The weight that multiplies the represented input `x`: in its dtype, and in its basis."""
+        dtype = product_dtype(x)
         with _full_precision(x.device):
+            if x.is_cuda and self._has_weight_kernel and dtype.itemsize == 2 and self.weight.dtype == torch.float32:
+                assert self._weights is not None
+                rounded: Tensor = triton_rounding.RotateAndRound.apply(
+                    self.weight,
+                    hadamard(self.block, x.device, torch.float32),
+                    self._weights.multiplier,
+                    self._weights.high + self._weights.radius,
+                    self.weight.detach().square().mean(-1),
+                    dtype,
+                    self._activations is None,
+                )
+                return rounded
             weight = self._represent_weight()
             if self._activations is None:
                 weight = rotate(weight, self.block)
-        return functional.linear(x, weight.to(x.dtype), self.bias)
+        return weight.to(x.dtype)
 
     def compressed_weight(self) -> Tensor:
         """The dequantized weight as used, shape (out_features, in_features), in the unrotated input basis."""
@@ -168,13 +189,13 @@ class CompressedLinear(nn.Module):
             training=self.training,
         )
 
-    def _represent_input(self, x: Tensor) -> Tensor:
+    def _represent_input(self, x: Tensor, mean_square: Tensor | None) -> Tensor:
         if self._activations is None:
             return x
         if x.is_cuda and self._has_kernel and (dtype := product_dtype(x)).itemsize == 2:
             matrix, top = hadamard(self.block, x.device, dtype), self._activations.high + self._activations.radius
             rounded: Tensor = triton_rounding.RotateAndRound.apply(
-                x.to(dtype), matrix, self._activations.multiplier, top
+                x.to(dtype), matrix, self._activations.multiplier, top, mean_square, dtype
             )
             return rounded
         return compress(
@@ -218,7 +239,7 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 def _has_kernel(part: Prepared | None, block: int) -> bool:
-    """Whether a kernel of our own rotates and rounds activations of this format: QuEST's, with uniform levels."""
+    """Whether a kernel of our own rotates and rounds numbers of this format: QuEST's, with uniform levels."""
     if part is None or part.grid is None or part.grid.family != "rise" or not 16 <= block <= 128:
         return False
     return part.part == TensorFormat(grid=part.part.grid, scale="gaussian", gradient="trust")

@@ -1,15 +1,18 @@
-"""Rotate activations, round them and note where gradient passes, in one kernel; and its gradient in another.
+"""Rotate numbers, round them and note where gradient passes, in one kernel; and its gradient in another.
 
     y = x H / scale,    scale = multiplier * rms(x),    value = (clamp(floor(y), -top, top - 1) + 1/2) * scale
 
-A program keeps a tile of tokens: it sums the squares of their numbers (the rotation H changes no norm, so before it),
-then reads them again, from cache, block by block, and multiplies with the block's H on the tensor cores. Generated
-code stores the rotated numbers in between. Backward drops the gradient where the error was more than half a step,
-|y| > top, and rotates it back.
+Activations (16 bits) and weights (float32) both have one scale per row. A program keeps a tile of rows and multiplies
+it block by block with the block's H on the tensor cores; generated code stores the rotated numbers in between. The
+rotation changes no norm, so the scale is known before it: whoever wrote the numbers gives their mean square, and
+otherwise a program reads its rows twice, the second time from cache. Backward drops the gradient where the error was
+more than half a step, |y| > top, and rotates it back. What passes is kept as one bit per number.
 
-As without this kernel, rotated numbers are rounded to the product's precision before they are divided by the scale;
-the rest is float32; step and levels are compile-time constants, since compiled blocks would pass them as float64.
-Imported only where there is a GPU.
+As without this kernel, rotated activations are rounded to the product's precision before they are divided by the
+scale. The rest is float32. A weight is the sum of three bfloat16 numbers and the signs of H are such numbers, so three
+products of the tensor cores add up to the float32 one.
+Step and levels are compile-time constants, since compiled blocks would pass them as float64. Imported only where there
+is a GPU.
 """
 
 from typing import Any
@@ -19,78 +22,152 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_TILE = 64
-_WARPS = 8
+_BITS = 16
+"""Numbers whose gates make a word; divides every block."""
+
+_TILE, _WARPS, _STAGES = 64, 8, 2
+"""Rows of activations that a program rounds, its warps, and blocks on their way from memory at a time."""
+
+_BACK_WARPS, _BACK_STAGES = 4, 3
+
+_WEIGHT_TILE, _WEIGHT_WARPS = 16, 4
+"""Weights have fewer rows: a program takes one block of so many."""
+
+
+@triton.jit
+def _rotated(numbers, matrix, root: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return numbers H: with 16 bits, of H itself; in float32, of its signs, whose product is divided by the root."""
+    if numbers.dtype == tl.float32:
+        high = numbers.to(tl.bfloat16)
+        rest = numbers - high.to(tl.float32)
+        middle = rest.to(tl.bfloat16)
+        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+        product = tl.dot(high, matrix, tl.dot(middle, matrix, tl.dot(low, matrix))) * root
+    else:
+        product = tl.dot(numbers, matrix)
+    return product
+
+
+@triton.jit
+def _load_matrix(hadamard, block: tl.constexpr):  # type: ignore[no-untyped-def]
+    matrix = tl.load(hadamard + tl.arange(0, block)[:, None] * block + tl.arange(0, block)[None, :])
+    if matrix.dtype == tl.float32:
+        matrix = tl.where(matrix > 0, 1.0, -1.0).to(tl.bfloat16)
+    return matrix
 
 
 @triton.jit
 def _round_rotated(  # type: ignore[no-untyped-def]
-    x, hadamard, value, gate, rows,
+    x, hadamard, mean_square, value, gate, rows,
     multiplier: tl.constexpr, top: tl.constexpr, width: tl.constexpr, block: tl.constexpr, tile: tl.constexpr,
+    span: tl.constexpr, back: tl.constexpr, stages: tl.constexpr, bits: tl.constexpr, root: tl.constexpr,
 ):  # fmt: skip
-    inside = (tl.program_id(0) * tile + tl.arange(0, tile) < rows)[:, None]
-    begin = tl.program_id(0).to(tl.int64) * tile * width
-    place = tl.arange(0, tile)[:, None] * width + tl.arange(0, block)[None, :]
-    squares = tl.zeros((tile, block), tl.float32)
-    for start in tl.range(0, width, block, num_stages=4):  # three blocks on their way from memory at a time
-        numbers = tl.load(x + begin + place + start, mask=inside, other=0.0).to(tl.float32)
-        squares += numbers * numbers
-    scale = tl.sqrt(tl.sum(squares, 1) / width)[:, None] * multiplier
+    row = tl.program_id(0) * tile + tl.arange(0, tile)
+    inside = (row < rows)[:, None]
+    begin = row.to(tl.int64)[:, None] * width
+    column = tl.arange(0, block)[None, :]
+    if mean_square is None:
+        squares = tl.zeros((tile, block), tl.float32)
+        for start in tl.range(0, width, block, num_stages=4):  # three blocks on their way from memory at a time
+            numbers = tl.load(x + begin + column + start, mask=inside, other=0.0).to(tl.float32)
+            squares += numbers * numbers
+        mean = tl.sum(squares, 1) / width
+    else:
+        mean = tl.load(mean_square + row, mask=row < rows, other=0.0)
+    scale = tl.sqrt(mean)[:, None] * multiplier
     inverse = tl.where(scale > 0, 1.0 / scale, 0.0)
-    matrix = tl.load(hadamard + tl.arange(0, block)[:, None] * block + tl.arange(0, block)[None, :])
-    for start in tl.range(0, width, block, num_stages=2):
-        numbers = tl.load(x + begin + place + start, mask=inside, other=0.0)
-        y = tl.dot(numbers, matrix).to(numbers.dtype).to(tl.float32) * inverse
-        level = tl.minimum(tl.maximum(tl.floor(y), -top), top - 1.0) + 0.5
-        tl.store(value + begin + place + start, (level * scale).to(value.dtype.element_ty), mask=inside)
-        tl.store(gate + begin + place + start, tl.abs(y) <= top, mask=inside)
+    matrix = _load_matrix(hadamard, block)
+    words = row.to(tl.int64)[:, None] * (width // bits) + tl.arange(0, block // bits)[None, :]
+    first = tl.program_id(1) * span
+    for start in tl.range(first, first + span, block, num_stages=stages):
+        numbers = tl.load(x + begin + column + start, mask=inside, other=0.0)
+        y = _rotated(numbers, matrix, root).to(numbers.dtype).to(tl.float32) * inverse
+        rounded = (tl.minimum(tl.maximum(tl.floor(y), -top), top - 1.0) + 0.5) * scale
+        if back:
+            rounded = _rotated(rounded, matrix, root)
+        tl.store(value + begin + column + start, rounded.to(value.dtype.element_ty), mask=inside)
+        passes = tl.reshape((tl.abs(y) <= top).to(tl.int32), (tile, block // bits, bits))
+        word = tl.sum(passes << tl.arange(0, bits)[None, None, :], 2)
+        tl.store(gate + words + start // bits, word.to(tl.int16), mask=inside)
 
 
 @triton.jit
 def _rotate_gated(  # type: ignore[no-untyped-def]
-    gradient, hadamard, gate, out, rows, width: tl.constexpr, block: tl.constexpr, tile: tl.constexpr
-):
-    inside = (tl.program_id(0) * tile + tl.arange(0, tile) < rows)[:, None]
-    begin = tl.program_id(0).to(tl.int64) * tile * width
-    place = tl.arange(0, tile)[:, None] * width + tl.arange(0, block)[None, :]
-    matrix = tl.load(hadamard + tl.arange(0, block)[:, None] * block + tl.arange(0, block)[None, :])
-    for start in tl.range(0, width, block, num_stages=3):
-        numbers = tl.load(gradient + begin + place + start, mask=inside, other=0.0)
-        passes = tl.load(gate + begin + place + start, mask=inside, other=0)
-        numbers = tl.where(passes != 0, numbers, 0.0).to(matrix.dtype)
-        tl.store(out + begin + place + start, tl.dot(numbers, matrix).to(out.dtype.element_ty), mask=inside)
+    gradient, hadamard, gate, out, rows,
+    width: tl.constexpr, block: tl.constexpr, tile: tl.constexpr, span: tl.constexpr, back: tl.constexpr,
+    stages: tl.constexpr, bits: tl.constexpr, root: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * tile + tl.arange(0, tile)
+    inside = (row < rows)[:, None]
+    begin = row.to(tl.int64)[:, None] * width
+    column = tl.arange(0, block)[None, :]
+    matrix = _load_matrix(hadamard, block)
+    words = row.to(tl.int64)[:, None] * (width // bits) + tl.arange(0, block // bits)[None, :]
+    first = tl.program_id(1) * span
+    for start in tl.range(first, first + span, block, num_stages=stages):
+        numbers = tl.load(gradient + begin + column + start, mask=inside, other=0.0).to(hadamard.dtype.element_ty)
+        if back:
+            numbers = _rotated(numbers, matrix, root)
+        word = tl.load(gate + words + start // bits, mask=inside, other=0).to(tl.int32)
+        passes = tl.reshape((word[:, :, None] >> tl.arange(0, bits)[None, None, :]) & 1, (tile, block))
+        numbers = tl.where(passes != 0, numbers, 0.0).to(hadamard.dtype.element_ty)
+        tl.store(out + begin + column + start, _rotated(numbers, matrix, root).to(out.dtype.element_ty), mask=inside)
 
 
 class RotateAndRound(torch.autograd.Function):
-    """(x, hadamard, multiplier, top) -> rotated and rounded numbers of the shape of x, (..., width).
+    """(x, hadamard, multiplier, top, mean_square, dtype, back) -> rotated and rounded numbers, shape of x (..., width).
 
-    `hadamard` is the matrix of a block that divides the width, in the dtype of x (16 bits); `top` is half the number
-    of levels and `multiplier` the step in standard deviations.
+    `hadamard` is the matrix of a block that divides the width, in the dtype of x (16 bits, or float32 for weights);
+    `top` is half the number of levels and `multiplier` the step in standard deviations; `mean_square`, shape (...), is
+    that of each row of x, or None; `dtype` is the result's. With `back` the result is in the basis of x.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, hadamard: Tensor, multiplier: float, top: float) -> Tensor:
-        """Return the rounded numbers in the rotated basis; keeps a byte per number."""
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        hadamard: Tensor,
+        multiplier: float,
+        top: float,
+        mean_square: Tensor | None,
+        dtype: torch.dtype,
+        back: bool = False,
+    ) -> Tensor:
+        """Return the rounded numbers; keeps a bit per number."""
         x = x.contiguous()
-        width = x.shape[-1]
+        width, block = x.shape[-1], hadamard.shape[0]
         rows = x.numel() // width
-        value, gate = torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
-        _round_rotated[(triton.cdiv(rows, _TILE),)](
-            x, hadamard, value, gate, rows,
-            multiplier=multiplier, top=top, width=width, block=hadamard.shape[0], tile=_TILE, num_warps=_WARPS,
+        value = torch.empty_like(x, dtype=dtype)
+        gate = torch.empty(*x.shape[:-1], width // _BITS, dtype=torch.int16, device=x.device)
+        tile, span, warps, _ = _sizes(x, width, block)
+        _round_rotated[(triton.cdiv(rows, tile), 1 if mean_square is None else width // span)](
+            x, hadamard, mean_square, value, gate, rows,
+            multiplier=multiplier, top=top, width=width, block=block, tile=tile,
+            span=width if mean_square is None else span, back=back, stages=_STAGES, bits=_BITS, root=block**-0.5,
+            num_warps=warps,
         )  # fmt: skip
         ctx.save_for_backward(gate, hadamard)
+        ctx.dtype, ctx.back = x.dtype, back
         return value
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None, None, None]:
         """Return the gradient that passes, rotated back."""
         gate, hadamard = ctx.saved_tensors
         gradient = gradients[0].contiguous()
-        width = gradient.shape[-1]
-        rows, out = gradient.numel() // width, torch.empty_like(gradient)
-        _rotate_gated[(triton.cdiv(rows, _TILE),)](
+        width, block = gradient.shape[-1], hadamard.shape[0]
+        rows, out = gradient.numel() // width, torch.empty_like(gradient, dtype=ctx.dtype)
+        tile, span, _, warps = _sizes(out, width, block)
+        _rotate_gated[(triton.cdiv(rows, tile), width // span)](
             gradient, hadamard, gate, out, rows,
-            width=width, block=hadamard.shape[0], tile=_TILE, num_warps=_WARPS,
+            width=width, block=block, tile=tile, span=span, back=ctx.back, stages=_BACK_STAGES, bits=_BITS,
+            root=block**-0.5, num_warps=warps,
         )  # fmt: skip
-        return out, None, None, None
+        return out, None, None, None, None, None, None
+
+
+def _sizes(x: Tensor, width: int, block: int) -> tuple[int, int, int, int]:
+    """Return rows and columns of a program, and its warps forward and backward."""
+    if x.dtype == torch.float32:
+        return _WEIGHT_TILE, block, _WEIGHT_WARPS, _WEIGHT_WARPS
+    return _TILE, width, _WARPS, _BACK_WARPS
