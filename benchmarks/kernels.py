@@ -5,7 +5,7 @@ alone, from the profiler; TB/s counts the numbers that have to be read and writt
 choices of tile, warps, programs or stages than the ones in use (marked *).
 
     python benchmarks/kernels.py
-    python benchmarks/kernels.py softmax norm rotary rounding adamw
+    python benchmarks/kernels.py softmax norm swiglu rotary rounding weights adamw
 """
 
 import argparse
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import triton
 from torch import Tensor
 
 from qpipe import triton_adamw, triton_kernels, triton_norm, triton_rotary
@@ -22,10 +23,14 @@ from qpipe.compress import triton_rounding
 from qpipe.compress.prepare import prepare
 from qpipe.compress.quantize import compress
 from qpipe.compress.rotation import hadamard, rotate
+from qpipe.compress.triton_rounding import RotateAndRound
 from qpipe.formats import resolve
 from qpipe.model import rotate as rotate_heads
 
 TOKENS, WIDTH, INNER, HEADS, WORDS = 64 * 512, 640, 1792, 5, 32000
+NARROW, NARROW_INNER = 160, 448
+"""Widths of a 1M model."""
+
 BF16, FP32 = 2, 4
 
 
@@ -51,7 +56,7 @@ def show(name: str, size: float, work: Callable[[], object]) -> None:
 
 def context() -> Any:
     """What an autograd function keeps, without autograd."""
-    kept = SimpleNamespace(saved_tensors=())
+    kept = SimpleNamespace(saved_tensors=(), mark_non_differentiable=lambda *_: None)
     kept.save_for_backward = lambda *tensors: setattr(kept, "saved_tensors", tensors)
     return kept
 
@@ -98,9 +103,14 @@ def softmax() -> None:
 
 
 def norm() -> None:
-    residual = torch.randn(TOKENS, WIDTH, device="cuda")
-    update, weight = residual.bfloat16(), torch.ones(WIDTH, device="cuda")
-    numbers, kept = TOKENS * WIDTH, context()
+    for width in (WIDTH, NARROW):
+        _norm(width)
+
+
+def _norm(width: int) -> None:
+    residual = torch.randn(TOKENS, width, device="cuda")
+    update, weight = residual.bfloat16(), torch.ones(width, device="cuda")
+    numbers, kept = TOKENS * width, context()
     size, back = numbers * (2 * FP32 + 2 * BF16), numbers * (3 * FP32 + 2 * BF16)
 
     def forward() -> object:
@@ -109,21 +119,49 @@ def norm() -> None:
     def backward() -> object:
         return triton_norm.AddNorm.backward(kept, residual, update)
 
-    show("norm *", size, forward)
-    show("norm back *", back, backward)
-    for count in (1024, 4096, 8192):
-        show(f"norm as {count} numbers", size, with_constants(triton_norm, forward, _NUMBERS=count))
-        show(f"norm back as {count} numbers", back, with_constants(triton_norm, backward, _NUMBERS=count))
-    for programs in (528, 2048, 4096):
-        show(f"norm back as {programs} programs", back, with_constants(triton_norm, backward, _PROGRAMS=programs))
-    for per_warp in (256, 1024):
-        show(f"norm back as {per_warp} per warp", back, with_constants(triton_norm, backward, _PER_WARP=per_warp))
+    show(f"norm {width} *", size, forward)
+    show(f"norm {width} back *", back, backward)
+    block = triton.next_power_of_2(width)
+    for rows, warps, programs, stages in (
+        (2, 4, 1024, 2), (2, 4, 2112, 2), (1, 1, 2112, 1), (1, 1, 2112, 2), (1, 1, 2112, 3), (1, 2, 2112, 2),
+        (1, 1, 4224, 1), (1, 1, 4224, 2), (1, 2, 4224, 1), (4, 4, 1056, 2), (4, 1, 2112, 1), (2, 1, 2112, 2),
+        (8, 4, 528, 2),
+    ):  # fmt: skip
+        choice = {
+            "_BACK_NUMBERS": rows * block,
+            "_BACK_PER_WARP": rows * block // warps,
+            "_PROGRAMS": programs,
+            "_BACK_STAGES": stages,
+        }
+        name = f"{rows} rows, {warps} warps, {programs} programs, {stages} stages"
+        show(f"norm {width} back as {name}", back, with_constants(triton_norm, backward, **choice))
 
     def plain(residual: Tensor, update: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         total = residual + update
-        return total, F.rms_norm(total, (WIDTH,), weight, 1e-5).to(update.dtype)
+        return total, F.rms_norm(total, (width,), weight, 1e-5).to(update.dtype)
 
-    both_ways("norm", size, back, plain, [residual, update, weight])
+    both_ways(f"norm {width}", size, back, plain, [residual, update, weight])
+
+
+def swiglu() -> None:
+    for width in (INNER, NARROW_INNER):
+        gate_up = torch.randn(TOKENS, 2 * width, device="cuda", dtype=torch.bfloat16)
+        incoming, kept = gate_up[:, :width].contiguous(), context()
+
+        def forward(gate_up: Tensor = gate_up, kept: Any = kept) -> object:
+            return triton_kernels.SwiGLU.forward(kept, gate_up)
+
+        def backward(incoming: Tensor = incoming, kept: Any = kept) -> object:
+            return triton_kernels.SwiGLU.backward(kept, incoming)
+
+        size = TOKENS * width * BF16
+        show(f"swiglu {width} *", 3 * size, forward)
+        show(f"swiglu {width} back *", 5 * size, backward)
+        for numbers, per_warp in ((1024, 256), (2048, 256), (4096, 512), (4096, 1024)):
+            choice = {"_SWIGLU_NUMBERS": numbers, "_SWIGLU_PER_WARP": per_warp}
+            name = f"{width} as {numbers} numbers, {per_warp} per warp"
+            show(f"swiglu {name}", 3 * size, with_constants(triton_kernels, forward, **choice))
+            show(f"swiglu back {name}", 5 * size, with_constants(triton_kernels, backward, **choice))
 
 
 def rotary() -> None:
@@ -159,19 +197,26 @@ def rounding() -> None:
     prepared = prepare(part)
     for width in (WIDTH, INNER):
         x = torch.randn(TOKENS, width, device="cuda", dtype=torch.bfloat16)
-        matrix, kept, size = hadamard(128, x.device, x.dtype), context(), TOKENS * width * (2 * BF16 + 1)
+        squares = x.float().square().mean(-1)
+        matrix, kept, size = hadamard(128, x.device, x.dtype), context(), int(TOKENS * width * (2 * BF16 + 1 / 8))
 
-        def forward(x: Tensor = x, matrix: Tensor = matrix, kept: Any = kept) -> object:
-            return triton_rounding.RotateAndRound.forward(kept, x, matrix, prepared.multiplier, 8.0)
+        def forward(x: Tensor = x, matrix: Tensor = matrix, kept: Any = kept, squares: Any = squares) -> object:
+            return RotateAndRound.forward(kept, x, matrix, prepared.multiplier, 8.0, squares, x.dtype)
+
+        def alone(x: Tensor = x, matrix: Tensor = matrix, kept: Any = kept) -> object:
+            return RotateAndRound.forward(kept, x, matrix, prepared.multiplier, 8.0, None, x.dtype)
 
         def backward(x: Tensor = x, kept: Any = kept) -> object:
-            return triton_rounding.RotateAndRound.backward(kept, x)
+            return RotateAndRound.backward(kept, x)
 
+        show(f"rounding {width}, mean squares not given *", size, alone)
         show(f"rounding {width} *", size, forward)
         show(f"rounding {width} back *", size, backward)
-        for tile, warps in ((16, 4), (32, 4), (64, 4), (128, 8)):
-            choice: dict[str, int] = {"_TILE": tile, "_WARPS": warps}
-            name = f"{tile} tokens, {warps} warps"
+        for tile, warps, stages in (
+            (64, 8, 1), (64, 8, 3), (64, 4, 2), (64, 4, 3), (32, 4, 2), (32, 4, 3), (32, 2, 3), (128, 8, 2),
+        ):  # fmt: skip
+            choice = {"_TILE": tile, "_WARPS": warps, "_BACK_WARPS": warps, "_STAGES": stages, "_BACK_STAGES": stages}
+            name = f"{tile} tokens, {warps} warps, {stages} stages"
             show(f"rounding {width} as {name}", size, with_constants(triton_rounding, forward, **choice))
             show(f"rounding {width} back as {name}", size, with_constants(triton_rounding, backward, **choice))
 
@@ -218,8 +263,41 @@ def adamw() -> None:
             show(f"adamw {name} as {numbers} numbers, {warps} warps{' *' * used}", size, kept[1].replay)
 
 
+def weights() -> None:
+    part = resolve("w4").weights
+    assert part is not None
+    prepared = prepare(part)
+    for rows, width in ((2 * INNER, WIDTH), (WIDTH, WIDTH), (WIDTH, INNER)):
+        weight = torch.randn(rows, width, device="cuda")
+        incoming, matrix, kept = weight.bfloat16(), hadamard(128, weight.device, weight.dtype), context()
+        size = rows * width * (FP32 + BF16)
+
+        def forward(back: bool, weight: Tensor = weight, matrix: Tensor = matrix, kept: Any = kept) -> object:
+            squares = weight.square().mean(-1)
+            return RotateAndRound.forward(kept, weight, matrix, prepared.multiplier, 8.0, squares, torch.bfloat16, back)
+
+        def backward(incoming: Tensor = incoming, kept: Any = kept) -> object:
+            return RotateAndRound.backward(kept, incoming)
+
+        for back in (False, True):
+            name = f"weights {rows} x {width}{' and rotated back' * back}"
+            show(f"{name} *", size, lambda back=back: forward(back))  # type: ignore[misc]
+            show(f"{name} back *", size, backward)
+            for tile, warps in ((16, 2), (32, 4), (32, 8), (64, 4)):
+                choice = {"_WEIGHT_TILE": tile, "_WEIGHT_WARPS": warps}
+                changed = with_constants(triton_rounding, lambda back=back: forward(back), **choice)  # type: ignore[misc]
+                show(f"{name} as {tile} rows, {warps} warps", size, changed)
+                changed = with_constants(triton_rounding, backward, **choice)
+                show(f"{name} back as {tile} rows, {warps} warps", size, changed)
+
+        def plain(weight: Tensor) -> Tensor:
+            return compress(rotate(weight, 128), prepared, training=True).bfloat16()
+
+        both_ways(f"weights {rows} x {width}", size, size, plain, [weight])
+
+
 def main() -> None:
-    groups = {function.__name__: function for function in (softmax, norm, rotary, rounding, adamw)}
+    groups = {function.__name__: function for function in (softmax, norm, swiglu, rotary, rounding, weights, adamw)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("groups", nargs="*", default=[*groups])
     for name in parser.parse_args().groups:
