@@ -13,8 +13,9 @@ activations
     (2 p F) and their product (p F). Once: the embedded tokens (r D) and the normed features of the head (p D).
 compression
     per weight the copy that products read (p) and what the gradient rule keeps of it: nothing for straight-through,
-    1 byte for a gate, 5 for a trained scale (gate and float32 slope), 4 for noise. Compressed activations are copies
-    of attention's output (p D), and keep a gate of every input of a linear layer (3 D + F numbers).
+    1 byte for a gate (1 bit where a kernel rotates and rounds), 5 for a trained scale (gate and float32 slope), 4 for
+    noise. Compressed activations are copies of attention's output (p D), and keep a gate of every input of a linear
+    layer (3 D + F numbers).
 peak
     the larger of two moments on top of these: the loss (one chunk of logits, the head's copy, its float32 gradient
     and the features' gradient) and the backward pass of one block.
@@ -26,7 +27,7 @@ is compressed.
 from dataclasses import dataclass
 
 from qpipe.accounting import count_parameters, linear_shapes
-from qpipe.formats import TensorFormat
+from qpipe.formats import Representation, TensorFormat
 from qpipe.recipe import ModelShape
 from qpipe.runs import Run
 
@@ -89,12 +90,12 @@ def step_memory(run: Run, sequences: int | None = None) -> StepMemory:
     head = shape.vocab_size * shape.width
     several = sequences < training.batch_sequences
     gradients = long * (count.total if several else head)
-    weight_bytes = kept_per_number(run.format_spec.weights) + (0 if _exact(run) else short)
     return StepMemory(
         state=3 * long * count.total + gradients,
         activations=tokens * _kept_per_token(shape, short, long),
-        compression=count.blocks_linear * weight_bytes
-        + tokens * shape.layers * activation_bytes(shape, run.format_spec.activations, short),
+        compression=count.blocks_linear * (0 if _exact(run) else short)
+        + shape.layers * weight_gate_bytes(shape, run.format_spec)
+        + tokens * shape.layers * activation_bytes(shape, run.format_spec, short),
         peak=max(
             short * (min(GPU_LOGITS, tokens * shape.vocab_size) + 2 * tokens * shape.width) + (short + long) * head,
             tokens * (3 * short * shape.feed_forward + 2 * (short + long) * shape.width) + 2 * long * head,
@@ -103,10 +104,12 @@ def step_memory(run: Run, sequences: int | None = None) -> StepMemory:
     )
 
 
-def kept_per_number(part: TensorFormat | None) -> int:
-    """Return the bytes that a gradient rule keeps of each number it represents."""
+def kept_per_number(part: TensorFormat | None, block: int = 1) -> float:
+    """Return the bytes that a gradient rule keeps of each number it represents, rotated in blocks of a size."""
     if part is None:
         return 0
+    if part.rotates_and_rounds(block):
+        return 1 / 8
     grid = part.parsed_grid
     if grid is not None and grid.family == "noise":
         return 4
@@ -115,12 +118,18 @@ def kept_per_number(part: TensorFormat | None) -> int:
     return 0 if part.gradient in ("ste", "uniform-noise") and part.mask is None else 1
 
 
-def activation_bytes(shape: ModelShape, part: TensorFormat | None, short: int) -> int:
+def weight_gate_bytes(shape: ModelShape, spec: Representation) -> float:
+    """Return the bytes that gradient rules keep of a layer's weights."""
+    layers = linear_shapes(shape)
+    return sum(n * m * kept_per_number(spec.weights, spec.hadamard_block(n)) for _, n, m in layers)
+
+
+def activation_bytes(shape: ModelShape, spec: Representation, short: int) -> float:
     """Return the bytes per token and layer that compressing the inputs of linear layers adds."""
-    if part is None:
+    if spec.activations is None:
         return 0
-    inputs = sum(inputs for _, inputs, _ in linear_shapes(shape))
-    return short * shape.width + kept_per_number(part) * inputs
+    gates = (n * kept_per_number(spec.activations, spec.hadamard_block(n)) for _, n, _ in linear_shapes(shape))
+    return short * shape.width + sum(gates)
 
 
 def _kept_per_token(shape: ModelShape, short: int, long: int) -> float:

@@ -22,7 +22,7 @@ from torch.nn import functional
 from qpipe.compress.gradients import power, power_inverse
 from qpipe.compress.masks import sparsity_at
 from qpipe.compress.packing import pack, unpack
-from qpipe.compress.prepare import Prepared, prepare
+from qpipe.compress.prepare import prepare
 from qpipe.compress.quantize import compress
 from qpipe.compress.rotation import hadamard, rotate
 from qpipe.compress.scales import grouped
@@ -78,8 +78,8 @@ class CompressedLinear(nn.Module):
         self.activation_scale = _scale_parameter((1, 1) if _trains(representation.activations) else None, device)
         self._weights = prepare(representation.weights) if representation.weights else None
         self._activations = prepare(representation.activations) if representation.activations else None
-        self._has_kernel = _has_kernel(self._activations, self.block)
-        self._has_weight_kernel = _has_kernel(self._weights, self.block)
+        self._has_kernel = _has_kernel(representation.activations, self.block)
+        self._has_weight_kernel = _has_kernel(representation.weights, self.block)
         mask = self._weights.mask if self._weights else None
         self.kept_share: Tensor | None
         self.register_buffer("kept_share", None)
@@ -238,11 +238,9 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def _has_kernel(part: Prepared | None, block: int) -> bool:
-    """Whether a kernel of our own rotates and rounds numbers of this format: QuEST's, with uniform levels."""
-    if part is None or part.grid is None or part.grid.family != "rise" or not 16 <= block <= 128:
-        return False
-    return part.part == TensorFormat(grid=part.part.grid, scale="gaussian", gradient="trust")
+def _has_kernel(part: TensorFormat | None, block: int) -> bool:
+    """Whether a kernel of our own rotates and rounds numbers of this format."""
+    return part is not None and part.rotates_and_rounds(block)
 
 
 def _full_precision(device: torch.device) -> AbstractContextManager[object]:

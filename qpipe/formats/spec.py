@@ -122,6 +122,15 @@ class TensorFormat(_Part):
         """The described grid, or None."""
         return None if self.grid is None else parse_grid(self.grid)
 
+    def rotates_and_rounds(self, block: int) -> bool:
+        """Whether GPUs rotate blocks of so many numbers and round them in one kernel, keeping a bit for each.
+
+        That is QuEST's quantizer (2502.05003): uniform levels, a Gaussian scale per row, trust, and nothing else.
+        """
+        if (grid := self.parsed_grid) is None or grid.family != "rise" or not 16 <= block <= 128:
+            return False
+        return self == TensorFormat(grid=self.grid, scale="gaussian", gradient="trust")
+
     @field_validator("group")
     @classmethod
     def _group_size(cls, group: str | int) -> str | int:
