@@ -134,7 +134,7 @@ class CompressedLinear(nn.Module):
 
     def _product_weight(self, x: Tensor) -> Tensor:
         """The weight that multiplies the represented input `x`: in its dtype, and in its basis."""
-        dtype = product_dtype(x)
+        dtype = product_dtype(x) if x.is_cuda and self._has_weight_kernel else x.dtype
         with _full_precision(x.device):
             if x.is_cuda and self._has_weight_kernel and dtype.itemsize == 2 and self.weight.dtype == torch.float32:
                 assert self._weights is not None
