@@ -61,7 +61,7 @@ def context() -> Any:
     return kept
 
 
-def with_constants(module: Any, work: Callable[[], object], **constants: int) -> Callable[[], object]:
+def with_constants(module: Any, work: Callable[[], object], **constants: Any) -> Callable[[], object]:
     """`work` with some of the module's constants replaced."""
 
     def changed() -> object:
@@ -127,14 +127,10 @@ def _norm(width: int) -> None:
         (1, 1, 4224, 1), (1, 1, 4224, 2), (1, 2, 4224, 1), (4, 4, 1056, 2), (4, 1, 2112, 1), (2, 1, 2112, 2),
         (8, 4, 528, 2),
     ):  # fmt: skip
-        choice = {
-            "_BACK_NUMBERS": rows * block,
-            "_BACK_PER_WARP": rows * block // warps,
-            "_PROGRAMS": programs,
-            "_BACK_STAGES": stages,
-        }
+        choice = (rows * block, rows * block // warps, programs, stages)
         name = f"{rows} rows, {warps} warps, {programs} programs, {stages} stages"
-        show(f"norm {width} back as {name}", back, with_constants(triton_norm, backward, **choice))
+        changed = with_constants(triton_norm, backward, _BACK_NARROW=choice, _BACK_WIDE=choice)
+        show(f"norm {width} back as {name}", back, changed)
 
     def plain(residual: Tensor, update: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         total = residual + update
@@ -215,7 +211,8 @@ def rounding() -> None:
         for tile, warps, stages in (
             (64, 8, 1), (64, 8, 3), (64, 4, 2), (64, 4, 3), (32, 4, 2), (32, 4, 3), (32, 2, 3), (128, 8, 2),
         ):  # fmt: skip
-            choice = {"_TILE": tile, "_WARPS": warps, "_BACK_WARPS": warps, "_STAGES": stages, "_BACK_STAGES": stages}
+            choice = {"_TILE": tile, "_WARPS": warps, "_STAGES": stages}
+            choice |= {f"_BACK{key}": value for key, value in choice.items()}
             name = f"{tile} tokens, {warps} warps, {stages} stages"
             show(f"rounding {width} as {name}", size, with_constants(triton_rounding, forward, **choice))
             show(f"rounding {width} back as {name}", size, with_constants(triton_rounding, backward, **choice))

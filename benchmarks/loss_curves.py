@@ -1,4 +1,4 @@
-"""Loss curves of one run trained as it is on a GPU and by the plain path, neither compiled nor captured.
+"""Loss curves of one run trained as it is on a GPU and by the plain path: not compiled, not captured, no own kernel.
 
     qpipe plan study.yaml --write plan/
     python benchmarks/loss_curves.py plan/runs/* --tokens TOKENS --json curves.json
@@ -20,6 +20,15 @@ from typing import Any
 import pandas as pd
 
 WAYS: dict[str, dict[str, str]] = {"fast": {}, "fast again": {}, "plain": {"QPIPE_COMPILE": "0", "QPIPE_CAPTURE": "0"}}
+
+_PLAIN = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+from training_gpu import leave_out
+leave_out()
+from qpipe.cli import main
+sys.exit(main())
+"""
 
 
 def main() -> None:
@@ -47,7 +56,10 @@ def main() -> None:
 
 def train(run: Path, way: str, out: Path, tokens: Path) -> pd.DataFrame:
     """Train a run one way; return its curve."""
-    command = [sys.executable, "-m", "qpipe", "train", str(run / "run.yaml"), str(tokens), str(out)]
+    arguments = ["train", str(run / "run.yaml"), str(tokens), str(out)]
+    command = [sys.executable, "-m", "qpipe", *arguments]
+    if way == "plain":
+        command = [sys.executable, "-c", _PLAIN, str(Path(__file__).parent), *arguments]
     out.mkdir(parents=True)
     environment = {**os.environ, "WANDB_MODE": "disabled", **WAYS[way]}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

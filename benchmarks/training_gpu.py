@@ -17,7 +17,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ from qpipe.train.pretrain import OURS
 from qpipe.train.step import TrainingStep, make_optimizer
 
 WARM_STEPS = 12
+KERNELS = ("norm", "rotary", "rounding", "head", "swiglu", "softmax", "embedding")
 STEP = {bits: gaussian_multiplier(f"int{bits}") for bits in (2, 3, 4, 8)}
 """Best step of 2^bits mid-rise levels in standard deviations; looked up here, since compiling the lookup fails."""
 
@@ -265,7 +266,7 @@ def time_lightning(run: Run, options: argparse.Namespace) -> tuple[Clock, float]
     return timer.clock, module.seconds_waited / (timer.clock.per_step * options.steps)
 
 
-def leave_out(names: list[str]) -> None:
+def leave_out(names: Sequence[str] = KERNELS) -> None:
     """Replace kernels of our own by what they stand for, in this process."""
 
     def plain_norms(model: Decoder, features: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
@@ -281,11 +282,23 @@ def leave_out(names: list[str]) -> None:
         product = torch.mm(gradient.T, part, out_dtype=total.dtype)
         total.copy_(product) if first else total.add_(product)
 
+    def plain_swiglu(gate_up: Tensor) -> tuple[Tensor, None]:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up, None
+
+    def plain_loss(logits: Tensor, target: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        probability = torch.softmax(logits.float(), dim=-1)
+        loss = -probability.gather(1, target).log().sum()
+        return loss, (probability.scatter_add_(1, target, -torch.ones_like(probability[:, :1])) * scale).to(logits)
+
     changes: dict[str, tuple[Any, str, Any]] = {
         "norm": (Decoder, "_hidden_with_joined_norms", plain_norms),
         "rotary": (qpipe.model, "rotated_parts", plain_parts),
         "rounding": (qpipe.compress.linear, "_has_kernel", lambda *_: False),
         "head": (qpipe.model, "_add_product", plain_product),
+        "swiglu": (qpipe.model, "swiglu", plain_swiglu),
+        "softmax": (qpipe.model, "_loss_and_gradient", plain_loss),
+        "embedding": (qpipe.model, "embed", F.embedding),
     }
     for name in names:
         setattr(*changes[name])
@@ -336,7 +349,7 @@ def main() -> None:
     parser.add_argument("--plain", action="store_true", help="do not capture the step as a graph")
     parser.add_argument("--no-bare", action="store_true")
     parser.add_argument("--profile", help="write kernel times and timeline of each representation into this folder")
-    parser.add_argument("--without", nargs="*", default=[], help="kernels to leave out: norm rotary rounding head")
+    parser.add_argument("--without", nargs="*", default=[], choices=KERNELS, help="kernels to leave out")
     parser.add_argument("--json", help="write the table here")
     options = parser.parse_args()
     leave_out(options.without)

@@ -25,11 +25,12 @@ from qpipe.triton_kernels import row_tiles
 _NUMBERS, _PER_WARP = 2048, 512
 """Numbers that a program handles at a time, as whole rows where they are shorter, and a warp of it: forward."""
 
-_BACK_NUMBERS, _BACK_PER_WARP, _BACK_STAGES = 2048, 512, 1
-"""The same, and rows that are on their way from memory at a time: backward."""
+_BACK_NARROW = (2048, 512, 1024, 1)
+_BACK_WIDE = (2048, 512, 1024, 1)
+"""Backward, rows of at most `_NARROW` numbers and longer ones: the same two, programs, and rows that are on their way
+from memory at a time. Programs are some for each multiprocessor of any GPU; each leaves a row of sums."""
 
-_PROGRAMS = 1024
-"""Programs of the backward pass, some for each multiprocessor of any GPU; each leaves a row of sums."""
+_NARROW = 256
 
 
 @triton.jit
@@ -116,13 +117,14 @@ class AddNorm(torch.autograd.Function):
         to_out, to_normed = (gradient.contiguous() for gradient in gradients[:2])
         width = out.shape[-1]
         rows = out.numel() // width
-        block, tile, warps = row_tiles(width, _BACK_NUMBERS, _BACK_PER_WARP)
-        programs = min(_PROGRAMS, triton.cdiv(rows, tile))
+        numbers, per_warp, most, stages = _BACK_NARROW if width <= _NARROW else _BACK_WIDE
+        block, tile, warps = row_tiles(width, numbers, per_warp)
+        programs = min(most, triton.cdiv(rows, tile))
         to_residual = torch.empty_like(out)
         to_update = None if ctx.update_dtype is None else torch.empty_like(out, dtype=ctx.update_dtype)
         to_weight = torch.empty(programs, width, dtype=torch.float32, device=out.device)
         _backward[(programs,)](
             out, weight, to_out, to_normed, to_residual, to_update, to_weight, rows,
-            epsilon=ctx.epsilon, width=width, block=block, tile=tile, stages=_BACK_STAGES, num_warps=warps,
+            epsilon=ctx.epsilon, width=width, block=block, tile=tile, stages=stages, num_warps=warps,
         )  # fmt: skip
         return to_residual, to_update, to_weight.sum(0).to(weight.dtype), None, None

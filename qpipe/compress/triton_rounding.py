@@ -28,7 +28,8 @@ _BITS = 16
 _TILE, _WARPS, _STAGES = 64, 8, 2
 """Rows of activations that a program rounds, its warps, and blocks on their way from memory at a time."""
 
-_BACK_WARPS, _BACK_STAGES = 4, 3
+_BACK_TILE, _BACK_WARPS, _BACK_STAGES = 64, 4, 3
+"""The same where gradients are rotated back."""
 
 _WEIGHT_TILE, _WEIGHT_WARPS = 16, 4
 """Weights have fewer rows: a program takes one block of so many."""
@@ -139,7 +140,8 @@ class RotateAndRound(torch.autograd.Function):
         rows = x.numel() // width
         value = torch.empty_like(x, dtype=dtype)
         gate = torch.empty(*x.shape[:-1], width // _BITS, dtype=torch.int16, device=x.device)
-        tile, span, warps, _ = _sizes(x, width, block)
+        weights = x.dtype == torch.float32
+        tile, warps, span = (_WEIGHT_TILE, _WEIGHT_WARPS, block) if weights else (_TILE, _WARPS, width)
         _round_rotated[(triton.cdiv(rows, tile), 1 if mean_square is None else width // span)](
             x, hadamard, mean_square, value, gate, rows,
             multiplier=multiplier, top=top, width=width, block=block, tile=tile,
@@ -157,17 +159,11 @@ class RotateAndRound(torch.autograd.Function):
         gradient = gradients[0].contiguous()
         width, block = gradient.shape[-1], hadamard.shape[0]
         rows, out = gradient.numel() // width, torch.empty_like(gradient, dtype=ctx.dtype)
-        tile, span, _, warps = _sizes(out, width, block)
+        weights = ctx.dtype == torch.float32
+        tile, warps, span = (_WEIGHT_TILE, _WEIGHT_WARPS, block) if weights else (_BACK_TILE, _BACK_WARPS, width)
         _rotate_gated[(triton.cdiv(rows, tile), width // span)](
             gradient, hadamard, gate, out, rows,
             width=width, block=block, tile=tile, span=span, back=ctx.back, stages=_BACK_STAGES, bits=_BITS,
             root=block**-0.5, num_warps=warps,
         )  # fmt: skip
         return out, None, None, None, None, None, None
-
-
-def _sizes(x: Tensor, width: int, block: int) -> tuple[int, int, int, int]:
-    """Return rows and columns of a program, and its warps forward and backward."""
-    if x.dtype == torch.float32:
-        return _WEIGHT_TILE, block, _WEIGHT_WARPS, _WEIGHT_WARPS
-    return _TILE, width, _WARPS, _BACK_WARPS
