@@ -23,7 +23,7 @@ _LANES, _NUMBERS = 1024, 8
 _WARPS = 16
 _BLOCK = 1024
 
-_SWIGLU_NUMBERS, _SWIGLU_PER_WARP = 2048, 512
+_SWIGLU_NUMBERS, _SWIGLU_PER_WARP = 1024, 256
 """Numbers that a program handles at a time, and a warp of it."""
 
 

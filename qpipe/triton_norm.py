@@ -25,8 +25,8 @@ from qpipe.triton_kernels import row_tiles
 _NUMBERS, _PER_WARP = 2048, 512
 """Numbers that a program handles at a time, as whole rows where they are shorter, and a warp of it: forward."""
 
-_BACK_NARROW = (2048, 512, 1024, 1)
-_BACK_WIDE = (2048, 512, 1024, 1)
+_BACK_NARROW = (1024, 1024, 1056, 2)
+_BACK_WIDE = (1024, 512, 2112, 2)
 """Backward, rows of at most `_NARROW` numbers and longer ones: the same two, programs, and rows that are on their way
 from memory at a time. Programs are some for each multiprocessor of any GPU; each leaves a row of sums."""
 

@@ -25,13 +25,13 @@ from torch import Tensor
 _BITS = 16
 """Numbers whose gates make a word; divides every block."""
 
-_TILE, _WARPS, _STAGES = 64, 8, 2
+_TILE, _WARPS, _STAGES = 64, 4, 3
 """Rows of activations that a program rounds, its warps, and blocks on their way from memory at a time."""
 
 _BACK_TILE, _BACK_WARPS, _BACK_STAGES = 64, 4, 3
 """The same where gradients are rotated back."""
 
-_WEIGHT_TILE, _WEIGHT_WARPS = 16, 4
+_WEIGHT_TILE, _WEIGHT_WARPS = 64, 4
 """Weights have fewer rows: a program takes one block of so many."""
 
 
