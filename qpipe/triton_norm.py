@@ -2,10 +2,10 @@
 
     out = residual + update,    normed = out / rms(out) * weight
 
-Forward reads residual and update and writes both results, and the mean square of each normed token, which is the scale
-of whoever rounds it next. Backward reads what was summed and the gradients of both
-results, and writes the gradient of the residual and, rounded to the update's precision, of the update: generated code
-reads the residual's gradient once more to round it, and is far from memory speed where it sums the weight's gradient.
+Forward reads residual and update and writes both results, and the mean square of each normed token, which gives the
+scale of whoever rounds it next. Backward reads what was summed and the gradients of both results, and writes the
+gradient of the residual and, rounded to the update's precision, of the update: generated code reads the residual's
+gradient once more to round it, and is far from memory speed where it sums the weight's gradient.
 Here each program sums the weight's gradient over the rows it sees, and those sums are added up after.
 
 The residual keeps its own precision (float32 in training); the normed numbers have the update's, which is what the

@@ -61,6 +61,18 @@ def test_what_compression_keeps(name: str):
     assert weights == pytest.approx(expected, rel=0.02, abs=0.01 * run.parameters.blocks_linear)
 
 
+@pytest.mark.parametrize(
+    ("name", "weight_gate", "input_gate"),
+    [("w4a4", 1 / 8, 1 / 8), ("w4", 1 / 8, 0), ("w4a4-unrotated", 1, 1), ("w1a1", 1, 1), ("2:4+w4a4", 1, 1 / 8)],
+)
+def test_a_gate_is_a_bit_where_a_kernel_rotates_and_rounds(name: str, weight_gate: float, input_gate: float):
+    run = small_run(name, **WIDE)
+    width, inner = run.shape.width, run.shape.feed_forward
+    assert weight_gate_bytes(run.shape, run.format_spec) == weight_gate * (4 * width**2 + 3 * width * inner)
+    rounded_copy = 2 * width if input_gate else 0
+    assert activation_bytes(run.shape, run.format_spec, 2) == rounded_copy + input_gate * (3 * width + inner)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", ["dense", "w4", "w4a4"])
 @pytest.mark.parametrize("kv_heads", [2, 1])

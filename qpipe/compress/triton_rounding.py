@@ -10,9 +10,8 @@ more than half a step, |y| > top, and rotates it back. What passes is kept as on
 
 As without this kernel, rotated activations are rounded to the product's precision before they are divided by the
 scale. The rest is float32. A weight is the sum of three bfloat16 numbers and the signs of H are such numbers, so three
-products of the tensor cores add up to the float32 one.
-Step and levels are compile-time constants, since compiled blocks would pass them as float64. Imported only where there
-is a GPU.
+products of the tensor cores add up to the float32 one. Step and levels are compile-time constants, since compiled
+blocks would pass them as float64. Imported only where there is a GPU.
 """
 
 from typing import Any
