@@ -11,8 +11,7 @@ Two things differ from the usual layout, neither of which changes a number:
 * The query, key and value projections are one linear layer, and so are gate and up. They read the same input, and a
   representation works per output row (weights) and per token (activations), so fusing changes no result while it
   halves the number of matmuls and of activation quantizations.
-* Logits are never stored. The loss goes through head and softmax in chunks of rows that stay in cache (CPU) or are
-  small beside the activations (GPU), and the gradient of each chunk is taken right away.
+* Logits are never stored: head, softmax and loss are one step (`qpipe.cross_entropy`).
 
 Only the linear layers inside the blocks are under the run's representation; embedding, head, norms and the attention
 product stay in high precision (2502.05003, appendix B). Shapes: B sequences, T tokens, D width, H heads, V vocabulary.
@@ -26,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qpipe.compress import CompressedLinear, make_linear
+from qpipe.cross_entropy import chunk_rows, linear_cross_entropy
 from qpipe.formats import Representation
-from qpipe.memory import GPU_LOGITS
 from qpipe.recipe import ModelShape, RopeScaling
 
 if torch.cuda.is_available():
@@ -35,10 +34,6 @@ if torch.cuda.is_available():
 
 INIT_STD = 0.02
 """Standard deviation of initial weights; projections back into the residual get INIT_STD / sqrt(2 layers)."""
-
-_CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": GPU_LOGITS}
-"""Logits held at once while computing the loss: 2 MiB in float32 on CPU (about a level-2 cache), 0.5 GiB in bfloat16 on
-a GPU."""
 
 
 class Decoder(nn.Module):
@@ -139,7 +134,7 @@ class Decoder(nn.Module):
         """Return each token's cross-entropy (nats), shape (B, T), float32, without gradient."""
         hidden = self.hidden(tokens_BT).flatten(0, 1)
         targets = targets_BT.flatten()
-        rows = _chunk_rows(hidden.device, self.shape.vocab_size)
+        rows = chunk_rows(hidden.device, self.shape.vocab_size)
         losses = [
             F.cross_entropy(self.head(part).float(), target, reduction="none")
             for part, target in zip(hidden.split(rows), targets.split(rows), strict=True)
@@ -313,91 +308,3 @@ def rotated_parts(
     query_key, value = qkv.split([heads + kv_heads, kv_heads], dim=2)
     query, key = rotate(query_key, cosine, sine).split([heads, kv_heads], dim=2)
     return query, key, value
-
-
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Return the mean cross-entropy of `hidden @ weight.T` against `targets` without storing the logits.
-
-    Parameters
-    ----------
-    hidden
-        Features, shape (M, D).
-    weight
-        Head, shape (V, D).
-    targets
-        Correct classes, shape (M,), int64.
-    """
-    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets)
-    return loss
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Head + softmax + cross-entropy, row chunk by row chunk, with the gradients taken on the way.
-
-    d loss / d logits = (softmax - onehot) / M needs nothing but the chunk itself, so its two products (with the head
-    for the features, with the features for the head) are formed while the chunk is still in cache. Backward only
-    scales them. Matmuls run in autocast's precision, softmax and sums in float32.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        with torch.autocast(device, enabled=False):
-            features, head = hidden.to(dtype), weight.to(dtype)
-            rows = _chunk_rows(hidden.device, weight.shape[0])
-            loss = hidden.new_zeros((), dtype=torch.float32)
-            hidden_gradient = torch.empty_like(features)
-            weight_gradient = torch.empty_like(weight)
-            for start in range(0, len(features), rows):
-                part, target = features[start : start + rows], targets[start : start + rows, None]
-                part_loss, gradient = _loss_and_gradient(part @ head.T, target, 1 / len(features))
-                loss += part_loss
-                torch.mm(gradient, head, out=hidden_gradient[start : start + rows])
-                _add_product(weight_gradient, gradient, part, first=start == 0)
-                del gradient  # so that the next chunk of logits takes its place
-        ctx.save_for_backward(hidden_gradient, weight_gradient)
-        ctx.dtype = hidden.dtype
-        return loss / len(features)
-
-    @staticmethod
-    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, Tensor, None]:
-        hidden_gradient, weight_gradient = ctx.saved_tensors
-        times = triton_kernels.times_ if hidden_gradient.is_cuda else torch.mul
-        return times(hidden_gradient.to(ctx.dtype), outputs[0]), times(weight_gradient, outputs[0]), None
-
-
-def _loss_and_gradient(logits: Tensor, target: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Return the summed cross-entropy of logits (M, V) against classes (M, 1), and `scale` times its gradient.
-
-    The logits may be overwritten.
-    """
-    if logits.is_cuda:
-        return triton_kernels.softmax_gradient_(logits, target, scale), logits
-    log_probability = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
-    loss = -log_probability.gather(1, target).sum()
-    gradient = log_probability.exp_()
-    gradient.scatter_add_(1, target, gradient.new_full((), -1.0).expand_as(target))
-    return loss, gradient.mul_(scale).to(logits.dtype)
-
-
-def _add_product(total: Tensor, gradient: Tensor, part: Tensor, *, first: bool) -> None:
-    """Add gradient^T part to the float32 `total`, accumulating in float32 whatever the factors' precision.
-
-    The first product replaces what is there.
-    """
-    if gradient.dtype == total.dtype:
-        torch.addmm(total, gradient.T, part, beta=0 if first else 1, out=total)
-    elif total.is_cuda and first:
-        torch.mm(gradient.T, part, out_dtype=total.dtype, out=total)
-    elif total.is_cuda:
-        torch.addmm(total, gradient.T, part, out_dtype=total.dtype, out=total)
-    elif first:
-        total.copy_(gradient.T @ part)
-    else:
-        total += gradient.T @ part
-
-
-def _chunk_rows(device: torch.device, vocab_size: int) -> int:
-    """Return how many rows of logits to hold at once on a device."""
-    return max(16, _CHUNK_ELEMENTS.get(device.type, _CHUNK_ELEMENTS["cuda"]) // vocab_size)

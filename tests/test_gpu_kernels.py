@@ -5,8 +5,9 @@ import torch
 
 from qpipe.compress.prepare import prepare
 from qpipe.compress.rotation import hadamard
+from qpipe.cross_entropy import CHUNK_ELEMENTS, linear_cross_entropy
 from qpipe.formats import resolve
-from qpipe.model import _CHUNK_ELEMENTS, embed, linear_cross_entropy, rotated_parts, swiglu
+from qpipe.model import embed, rotated_parts, swiglu
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -208,7 +209,7 @@ def test_the_loss_on_a_gpu_is_that_on_a_cpu():
 
 @on_gpu
 def test_the_head_sums_its_gradient_over_chunks_in_float32(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(_CHUNK_ELEMENTS, "cuda", 16 * 100)
+    monkeypatch.setitem(CHUNK_ELEMENTS, "cuda", 16 * 100)
     torch.manual_seed(0)
     hidden, weight = torch.randn(64, 32).bfloat16(), torch.randn(100, 32).bfloat16()
     targets = torch.randint(0, 100, (64,))

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from training_cases import small_shape
 
-import qpipe.model
+import qpipe.cross_entropy
 from qpipe.accounting import count_parameters, linear_shapes
+from qpipe.cross_entropy import linear_cross_entropy
 from qpipe.formats import resolve
-from qpipe.model import Decoder, linear_cross_entropy
+from qpipe.model import Decoder
 from qpipe.recipe import QUEST, ModelShape
 
 DENSE = resolve("dense")
@@ -126,7 +127,7 @@ def float64_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tu
 
 @pytest.mark.parametrize("rows", [16, 100, 1000])
 def test_chunked_loss_and_gradients_equal_float64(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(qpipe.model, "_chunk_rows", lambda device, vocab_size: rows)
+    monkeypatch.setattr(qpipe.cross_entropy, "chunk_rows", lambda device, vocab_size: rows)
     hidden = torch.randn(333, 24, requires_grad=True)
     weight = torch.randn(50, 24, requires_grad=True)
     targets = torch.randint(0, 50, (333,))

@@ -82,7 +82,7 @@ def test_pieces_of_a_resumed_run_are_joined_and_uploaded_once(study):
         assert sorted(server.history[run]) == list(range(len(lines)))  # appended: no line written over another
         steps = [line["trainer/global_step"] for line in lines]
         resumed = list(range(40, 91))
-        killed = len(steps) - len(resumed)  # rows up to the last whole block that was on the disk: how many, chance says
+        killed = len(steps) - len(resumed)  # rows in whole blocks on the disk; how many, chance says
         assert 0 < killed <= 60
         assert steps == [*range(1, killed + 1), *resumed]
         assert [line["train_loss"] for line in lines] == pytest.approx([1 / step for step in steps])
