@@ -313,15 +313,13 @@ def test_finished_blocks_are_not_rounded_again(place, tmp_path, monkeypatch):
     assert result == load_result(tmp_path / "whole" / "ptq.json")
 
 
-def test_help_is_instant():
-    begin = time.monotonic()
+def test_help_does_not_load_torch():
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "qpipe", "ptq", "--help"], capture_output=True, text=True
     )
     assert done.returncode == 0
     assert "example:" in done.stdout
     assert " torch" not in done.stderr
-    assert time.monotonic() - begin < 20
 
 
 def test_tempering_never_raises_the_held_out_loss(place, tmp_path):
