@@ -5,7 +5,7 @@ alone, from the profiler; TB/s counts the numbers that have to be read and writt
 choices of tile, warps, programs or stages than the ones in use (marked *).
 
     python benchmarks/kernels.py
-    python benchmarks/kernels.py softmax norm swiglu rotary rounding weights adamw
+    python benchmarks/kernels.py softmax norm swiglu rotary attention rounding weights adamw
 """
 
 import argparse
@@ -18,14 +18,15 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from qpipe import triton_adamw, triton_kernels, triton_norm, triton_rotary
+from qpipe import triton_adamw, triton_attention, triton_kernels, triton_norm, triton_rotary
+from qpipe.attention import SMALL_HEADS, rotated_parts
+from qpipe.attention import rotate as rotate_heads
 from qpipe.compress import triton_rounding
 from qpipe.compress.prepare import prepare
 from qpipe.compress.quantize import compress
 from qpipe.compress.rotation import hadamard, rotate
 from qpipe.compress.triton_rounding import RotateAndRound
 from qpipe.formats import resolve
-from qpipe.model import rotate as rotate_heads
 
 TOKENS, WIDTH, INNER, HEADS, WORDS = 64 * 512, 640, 1792, 5, 32000
 NARROW, NARROW_INNER = 160, 448
@@ -145,7 +146,7 @@ def swiglu() -> None:
         incoming, kept = gate_up[:, :width].contiguous(), context()
 
         def forward(gate_up: Tensor = gate_up, kept: Any = kept) -> object:
-            return triton_kernels.SwiGLU.forward(kept, gate_up)
+            return triton_kernels.SwiGLU.forward(kept, gate_up, False)
 
         def backward(incoming: Tensor = incoming, kept: Any = kept) -> object:
             return triton_kernels.SwiGLU.backward(kept, incoming)
@@ -185,6 +186,33 @@ def rotary() -> None:
         return query, key, value
 
     both_ways("rotary", size, back, plain, [qkv])
+
+
+def attention() -> None:
+    """From the fused product to its gradient: the library between rotated copies, and our own kernels."""
+    for heads, width in ((5, 32), (4, 64), (HEADS, 128)):
+        qkv = torch.randn(64, 512, 3 * heads, width, device="cuda").bfloat16().requires_grad_()
+        incoming = torch.randn(64, 512, heads, width, device="cuda").bfloat16()
+        angles, size = torch.rand(512, 1, width, device="cuda"), BF16 * TOKENS * heads * width
+        cosine, sine = angles.cos(), angles.sin()
+
+        def own(qkv: Tensor = qkv, cosine: Tensor = cosine, sine: Tensor = sine, heads: int = heads) -> Tensor:
+            result: Tensor = triton_attention.RotaryAttention.apply(qkv, cosine, sine, heads, heads)
+            return result
+
+        def library(qkv: Tensor = qkv, cosine: Tensor = cosine, sine: Tensor = sine, heads: int = heads) -> Tensor:
+            parts = (part.transpose(1, 2) for part in rotated_parts(qkv, cosine, sine, heads, heads))
+            return F.scaled_dot_product_attention(*parts, is_causal=True).transpose(1, 2)
+
+        for name, work in (("*" if width in SMALL_HEADS else "as ours", own), ("library", library)):
+
+            def both(work: Callable[[], Tensor] = work, qkv: Tensor = qkv, incoming: Tensor = incoming) -> None:
+                qkv.grad = None
+                work().backward(incoming)
+
+            with torch.no_grad():
+                show(f"attention, {heads} heads of {width}, {name}", 4 * size, work)
+            show(f"attention, {heads} heads of {width}, both ways, {name}", 12 * size, both)
 
 
 def rounding() -> None:
@@ -294,7 +322,8 @@ def weights() -> None:
 
 
 def main() -> None:
-    groups = {function.__name__: function for function in (softmax, norm, swiglu, rotary, rounding, weights, adamw)}
+    functions = (softmax, norm, swiglu, rotary, attention, rounding, weights, adamw)
+    groups = {function.__name__: function for function in functions}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("groups", nargs="*", default=[*groups])
     for name in parser.parse_args().groups:

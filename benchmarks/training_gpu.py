@@ -3,6 +3,7 @@
 A step is forward, loss, backward, gradient clipping and AdamW on 64 sequences of 512 random tokens, bfloat16 autocast.
 
 reference   the algorithm of the published training code (`quest_reference.py`), compiled as a whole
+half ref.   the same with its other quantizer, which leaves operands rotated
 bare        qpipe's step in a plain loop
 lightning   qpipe's step as `qpipe train` runs it: Lightning's Trainer, its data, history and recorder
 
@@ -25,6 +26,8 @@ import torch.nn.functional as F
 from quest_reference import Reference
 from torch import Tensor, nn
 
+import qpipe.attention
+import qpipe.compress.dense
 import qpipe.compress.linear
 import qpipe.cross_entropy
 import qpipe.model
@@ -43,7 +46,7 @@ from qpipe.train.pretrain import OURS
 from qpipe.train.step import TrainingStep, make_optimizer
 
 WARM_STEPS = 12
-KERNELS = ("norm", "rotary", "rounding", "head", "swiglu", "softmax", "embedding")
+KERNELS = ("norm", "attention", "rotary", "rounding", "head", "swiglu", "softmax", "embedding", "product")
 
 
 def make_run(size: str, representation: str, options: argparse.Namespace) -> Run:
@@ -96,9 +99,9 @@ def loop(step: Callable[[int], object], count: int) -> Clock:
     return clock
 
 
-def time_reference(run: Run, options: argparse.Namespace) -> Clock:
+def time_reference(run: Run, options: argparse.Namespace, *, half: bool) -> Clock:
     with torch.device("cuda"):
-        model: Any = Reference(run.shape, run.representation_name)
+        model: Any = Reference(run.shape, run.representation_name, half=half)
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     compiled, tokens = torch.compile(model), random_tokens(run)
@@ -181,13 +184,13 @@ def leave_out(names: Sequence[str] = KERNELS) -> None:
 
     def plain_parts(qkv: Tensor, cosine: Tensor, sine: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, ...]:
         query_key, value = qkv.split([heads + kv_heads, kv_heads], dim=2)
-        return (*qpipe.model.rotate(query_key, cosine, sine).split([heads, kv_heads], dim=2), value)
+        return (*qpipe.attention.rotate(query_key, cosine, sine).split([heads, kv_heads], dim=2), value)
 
     def plain_product(total: Tensor, gradient: Tensor, part: Tensor, *, first: bool) -> None:
         product = torch.mm(gradient.T, part, out_dtype=total.dtype)
         total.copy_(product) if first else total.add_(product)
 
-    def plain_swiglu(gate_up: Tensor) -> tuple[Tensor, None]:
+    def plain_swiglu(gate_up: Tensor, _: bool) -> tuple[Tensor, None]:
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up, None
 
@@ -198,12 +201,14 @@ def leave_out(names: Sequence[str] = KERNELS) -> None:
 
     changes: dict[str, tuple[Any, str, Any]] = {
         "norm": (Decoder, "_hidden_with_joined_norms", plain_norms),
-        "rotary": (qpipe.model, "rotated_parts", plain_parts),
+        "attention": (qpipe.attention, "has_kernel", lambda _: False),
+        "rotary": (qpipe.attention, "rotated_parts", plain_parts),
         "rounding": (qpipe.compress.linear, "_has_kernel", lambda *_: False),
         "head": (qpipe.cross_entropy, "_add_product", plain_product),
         "swiglu": (qpipe.model, "swiglu", plain_swiglu),
         "softmax": (qpipe.cross_entropy, "_loss_and_gradient", plain_loss),
         "embedding": (qpipe.model, "embed", F.embedding),
+        "product": (qpipe.compress.dense.DenseLinear, "forward", nn.Linear.forward),
     }
     for name in names:
         setattr(*changes[name])
@@ -222,17 +227,25 @@ def profile(step: Callable[[int], object], trace: Path) -> str:
     return result.key_averages().table(sort_by="self_cuda_time_total", row_limit=60, max_name_column_width=90)
 
 
-def matmul_ceiling(size: int = 8192) -> float:
-    """FLOP/s of a large bfloat16 product."""
+def matmul_ceiling(size: int = 8192) -> tuple[float, float]:
+    """FLOP/s of a large bfloat16 product: of a cool device, and while it works on for as long as steps are timed.
+
+    A device that draws its full power lowers its clock; training does, too.
+    """
     one, other = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    for _ in range(3):
-        one @ other
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    for _ in range(20):
-        one @ other
-    torch.cuda.synchronize()
-    return 20 * 2 * size**3 / (time.perf_counter() - begin)
+
+    def rate(count: int) -> float:
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(count):
+            one @ other
+        torch.cuda.synchronize()
+        return count * 2 * size**3 / (time.perf_counter() - begin)
+
+    rate(3)
+    burst = rate(20)
+    rate(500)
+    return burst, rate(1000)
 
 
 def fresh() -> None:
@@ -247,6 +260,7 @@ def main() -> None:
     parser.add_argument("--size", nargs="+", default=["30M"])
     parser.add_argument("--representation", nargs="*", default=["dense", "w4a4", "w4"])
     parser.add_argument("--reference", nargs="*", default=[], help="representations to time the reference in")
+    parser.add_argument("--half-reference", nargs="*", default=[], help="the same, operands left rotated")
     parser.add_argument("--vocab-size", type=int, default=32000)
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--sequences", type=int, default=64)
@@ -258,13 +272,16 @@ def main() -> None:
     parser.add_argument("--json", help="write the table here")
     options = parser.parse_args()
     leave_out(options.without)
-    ceiling = matmul_ceiling()
-    print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}, bf16 product {ceiling / 1e12:.0f} TFLOP/s")
+    ceiling, sustained = matmul_ceiling()
+    print(
+        f"torch {torch.__version__}, {torch.cuda.get_device_name()}, "
+        f"bf16 product {ceiling / 1e12:.0f} TFLOP/s, {sustained / 1e12:.0f} sustained"
+    )
     rows: list[dict[str, Any]] = []
 
     def add(run: Run, how: str, clock: Clock, **more: Any) -> None:
         speed = run.tokens_per_step / clock.per_step
-        share = speed * training_flops_per_token(run.shape) / ceiling
+        rate = speed * training_flops_per_token(run.shape)
         memory = torch.cuda.max_memory_allocated() / 2**30
         predicted = step_memory(run, run.training.batch_sequences if how == "bare" else None).gib
         row = {"size": run.size, "representation": run.representation_name, "how": how, "tokens_per_second": speed}
@@ -272,7 +289,8 @@ def main() -> None:
             {
                 **row,
                 "first_step_seconds": clock.first,
-                "share_of_ceiling": share,
+                "share_of_ceiling": rate / ceiling,
+                "share_of_sustained": rate / sustained,
                 "gib": memory,
                 "predicted_gib": predicted,
                 **more,
@@ -280,8 +298,8 @@ def main() -> None:
         )
         print(
             f"{run.size:>6} {run.representation_name:<14}{how:<11}{speed / 1e6:8.3f} M tokens/s"
-            f"  {1e3 * clock.per_step:8.2f} ms"
-            f"  {share:5.1%} of ceiling  {memory:5.1f} GiB (of {predicted:.1f})  first step {clock.first:5.1f} s",
+            f"  {1e3 * clock.per_step:8.2f} ms  {rate / ceiling:5.1%} of ceiling ({rate / sustained:.1%} of sustained)"
+            f"  {memory:5.1f} GiB (of {predicted:.1f})  first step {clock.first:5.1f} s",
             *(f"{key} {value:.4f}" for key, value in more.items()),
             flush=True,
         )
@@ -305,9 +323,10 @@ def main() -> None:
                     text = profile(bare_step(run, options), stem.with_suffix(".json.gz"))
                     stem.with_suffix(".txt").write_text(text)
                     fresh()
-                if name in options.reference:
-                    add(run, "reference", time_reference(run, options))
-                    fresh()
+                for how, names in (("reference", options.reference), ("half ref.", options.half_reference)):
+                    if name in names:
+                        add(run, how, time_reference(run, options, half=how != "reference"))
+                        fresh()
             except Exception as error:
                 print(f"{size} {name}: {type(error).__name__}: {str(error)[:1500]}", flush=True)
     if options.json:

@@ -24,13 +24,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qpipe.attention import causal_attention, rotary_tables
 from qpipe.compress import CompressedLinear, make_linear
 from qpipe.cross_entropy import chunk_rows, linear_cross_entropy
 from qpipe.formats import Representation
-from qpipe.recipe import ModelShape, RopeScaling
+from qpipe.recipe import ModelShape
 
 if torch.cuda.is_available():
-    from qpipe import triton_kernels, triton_norm, triton_rotary
+    from qpipe import triton_kernels, triton_norm
 
 INIT_STD = 0.02
 """Standard deviation of initial weights; projections back into the residual get INIT_STD / sqrt(2 layers)."""
@@ -115,7 +116,8 @@ class Decoder(nn.Module):
         """The same features, where each sum into the residual is taken together with the norm that reads it."""
         blocks: list[Any] = list(self.blocks)
         norms = [*(block.attention_norm.weight for block in blocks), self.norm.weight]
-        features, normed, mean_square = add_norm(features, None, norms[0], self.shape.norm_epsilon)
+        measured = reads_mean_square(blocks[0].attention.qkv)
+        features, normed, mean_square = add_norm(features, None, norms[0], self.shape.norm_epsilon, measured)
         for block, next_norm in zip(blocks, norms[1:], strict=True):
             features, normed, mean_square = block(features, cosine, sine, normed, mean_square, next_norm)
         return normed
@@ -172,15 +174,17 @@ class Block(nn.Module):
         if next_norm is None:
             features = features + update
             return features + self.feed_forward(self.feed_forward_norm(features))
-        features, normed, mean_square = add_norm(features, update, self.feed_forward_norm.weight, epsilon)
-        return add_norm(features, self.feed_forward(normed, mean_square), next_norm, epsilon)
+        weight, measured = self.feed_forward_norm.weight, reads_mean_square(self.feed_forward.gate_up)
+        features, normed, mean_square = add_norm(features, update, weight, epsilon, measured)
+        update = self.feed_forward(normed, mean_square)
+        return add_norm(features, update, next_norm, epsilon, reads_mean_square(self.attention.qkv))
 
 
 def add_norm(
-    residual: Tensor, update: Tensor | None, weight: Tensor, epsilon: float | None
+    residual: Tensor, update: Tensor | None, weight: Tensor, epsilon: float | None, measured: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return residual + update (B, T, D), its root-mean-square norm in the precision in which products run, and, from
-    GPUs, the mean square of the latter (B, T).
+    """Return residual + update (B, T, D), its root-mean-square norm in the precision in which products run, and, on
+    GPUs and where that is to be `measured`, the mean square of the latter (B, T).
     """
     assert epsilon is not None
     device = residual.device.type
@@ -189,10 +193,15 @@ def add_norm(
     else:
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else residual.dtype
     if residual.is_cuda:
-        results: tuple[Tensor, Tensor, Tensor] = triton_norm.AddNorm.apply(residual, update, weight, epsilon, dtype)
-        return results
+        total, normed, mean_square = triton_norm.AddNorm.apply(residual, update, weight, epsilon, dtype, measured)
+        return total, normed, mean_square if measured else None
     residual = residual if update is None else residual + update
     return residual, F.rms_norm(residual, weight.shape, weight, epsilon).to(dtype), None
+
+
+def reads_mean_square(layer: nn.Linear | CompressedLinear) -> bool:
+    """Whether a layer rounds its inputs by a kernel that is faster where it is told their mean squares."""
+    return isinstance(layer, CompressedLinear) and layer.reads_mean_square
 
 
 def project(layer: nn.Linear | CompressedLinear, features: Tensor, mean_square: Tensor | None) -> Tensor:
@@ -217,15 +226,7 @@ class Attention(nn.Module):
         qkv = project(self.qkv, features, mean_square).view(
             batch, length, self.heads + 2 * self.kv_heads, self.head_dim
         )
-        query, key, value = rotated_parts(qkv, cosine, sine, self.heads, self.kv_heads)
-        mixed = F.scaled_dot_product_attention(
-            query.transpose(1, 2),
-            key.transpose(1, 2),
-            value.transpose(1, 2),
-            is_causal=True,
-            enable_gqa=self.heads != self.kv_heads,
-        )
-        return self.out(mixed.transpose(1, 2).flatten(2))
+        return self.out(causal_attention(qkv, cosine, sine, self.heads, self.kv_heads).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -238,7 +239,8 @@ class FeedForward(nn.Module):
 
     def forward(self, features: Tensor, mean_square: Tensor | None = None) -> Tensor:
         """Map normed features (B, T, D), of mean squares (B, T), to the feed-forward's contribution to the residual."""
-        return project(self.down, *swiglu(project(self.gate_up, features, mean_square)))
+        gate_up = project(self.gate_up, features, mean_square)
+        return project(self.down, *swiglu(gate_up, reads_mean_square(self.down)))
 
 
 class Embedding(nn.Embedding):
@@ -257,54 +259,13 @@ def embed(tokens: Tensor, weight: Tensor) -> Tensor:
     return F.embedding(tokens, weight)
 
 
-def swiglu(gate_up: Tensor) -> tuple[Tensor, Tensor | None]:
+def swiglu(gate_up: Tensor, measured: bool) -> tuple[Tensor, Tensor | None]:
     """Return silu(gate) * up of the two halves of the last dimension, (..., 2 F) -> (..., F).
 
-    From GPUs also its mean square, (...).
+    On GPUs and where that is to be `measured`, also its mean square, (...).
     """
     if gate_up.is_cuda:
-        results: tuple[Tensor, Tensor] = triton_kernels.SwiGLU.apply(gate_up)
-        return results
+        product, mean_square = triton_kernels.SwiGLU.apply(gate_up, measured)
+        return product, mean_square if measured else None
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up, None
-
-
-def rotary_tables(shape: ModelShape) -> tuple[Tensor, Tensor]:
-    """Return cosine and sine (context, 1, head_dim) of the rotary angles, theta^(-2i/head_dim) per position.
-
-    The angle of pair i stands at features i and i + head_dim/2, the order in which Llama checkpoints are stored.
-    """
-    exponents = torch.arange(0, shape.head_dim, 2, dtype=torch.float32, device="cpu") / shape.head_dim
-    frequencies = scaled_frequencies(shape.rope_theta**-exponents, shape.rope_scaling)
-    angles = torch.outer(torch.arange(shape.context, dtype=torch.float32, device="cpu"), frequencies)
-    angles = torch.cat([angles, angles], dim=-1)[:, None, :]
-    return angles.cos(), angles.sin()
-
-
-def scaled_frequencies(frequencies: Tensor, scaling: RopeScaling | None) -> Tensor:
-    """Divide low rotary frequencies by a factor, keep high ones and blend between (Llama 3.1's released code)."""
-    if scaling is None:
-        return frequencies
-    turns = scaling.original_context * frequencies / (2 * math.pi)  # that a pair makes over the old context
-    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    kept = kept.clamp(0, 1)
-    return frequencies * (kept + (1 - kept) / scaling.factor)
-
-
-def rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rotate each head (B, T, H, head_dim) by its position's angles."""
-    cosine, sine = cosine.to(heads.dtype), sine.to(heads.dtype)
-    first, second = heads.chunk(2, dim=-1)
-    return heads * cosine + torch.cat([-second, first], dim=-1) * sine
-
-
-def rotated_parts(
-    qkv: Tensor, cosine: Tensor, sine: Tensor, heads: int, kv_heads: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return rotated queries, rotated keys and values of heads (B, T, heads + 2 kv_heads, head_dim)."""
-    if qkv.is_cuda:
-        parts: tuple[Tensor, Tensor, Tensor] = triton_rotary.Rotary.apply(qkv, cosine, sine, heads, kv_heads)
-        return parts
-    query_key, value = qkv.split([heads + kv_heads, kv_heads], dim=2)
-    query, key = rotate(query_key, cosine, sine).split([heads, kv_heads], dim=2)
-    return query, key, value

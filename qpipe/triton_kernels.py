@@ -87,7 +87,8 @@ def _swiglu_forward(gate_up, out, mean_square, rows, width: tl.constexpr, block:
     up = tl.load(gate_up + start + width, mask=inside, other=0.0).to(tl.float32)
     product = gate * tl.sigmoid(gate) * up
     tl.store(out + place, product.to(out.dtype.element_ty), mask=inside)
-    tl.store(mean_square + row, tl.sum(product * product, 1) / width, mask=row < rows)
+    if mean_square is not None:
+        tl.store(mean_square + row, tl.sum(product * product, 1) / width, mask=row < rows)
 
 
 @triton.jit
@@ -106,28 +107,28 @@ def _swiglu_backward(gate_up, gradient, out, rows, width: tl.constexpr, block: t
 
 
 class SwiGLU(torch.autograd.Function):
-    """silu(gate) * up of the two halves of the last dimension, (..., 2 F) -> (..., F), and its mean square, (...).
+    """(gate and up, measured) -> silu(gate) * up, (..., 2 F) -> (..., F), and its mean square, (...).
 
-    The second result has no gradient.
+    The second result has no gradient, and no numbers unless it is to be `measured`.
     """
 
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, gate_up: Tensor, measured: bool) -> tuple[Tensor, Tensor]:
         """Return the product and its mean square per token; keeps its input."""
         gate_up = gate_up.contiguous()
         width = gate_up.shape[-1] // 2
         out = gate_up.new_empty(*gate_up.shape[:-1], width)
-        mean_square = gate_up.new_empty(gate_up.shape[:-1], dtype=torch.float32)
-        rows, (block, tile, warps) = mean_square.numel(), row_tiles(width, _SWIGLU_NUMBERS, _SWIGLU_PER_WARP)
+        mean_square = gate_up.new_empty(gate_up.shape[:-1] if measured else 0, dtype=torch.float32)
+        rows, (block, tile, warps) = out.numel() // width, row_tiles(width, _SWIGLU_NUMBERS, _SWIGLU_PER_WARP)
         _swiglu_forward[(triton.cdiv(rows, tile),)](
-            gate_up, out, mean_square, rows, width=width, block=block, tile=tile, num_warps=warps
+            gate_up, out, mean_square if measured else None, rows, width=width, block=block, tile=tile, num_warps=warps
         )
         ctx.save_for_backward(gate_up)
         ctx.mark_non_differentiable(mean_square)
         return out, mean_square
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         """Return the gradients of gate and up side by side."""
         (gate_up,) = ctx.saved_tensors
         gradient = gradients[0].contiguous()
@@ -137,7 +138,7 @@ class SwiGLU(torch.autograd.Function):
         _swiglu_backward[(triton.cdiv(rows, tile),)](
             gate_up, gradient, out, rows, width=width, block=block, tile=tile, num_warps=warps
         )
-        return out
+        return out, None
 
 
 def row_tiles(width: int, numbers: int, per_warp: int) -> tuple[int, int, int]:

@@ -2,8 +2,8 @@
 
     out = residual + update,    normed = out / rms(out) * weight
 
-Forward reads residual and update and writes both results, and the mean square of each normed token, which gives the
-scale of whoever rounds it next. Backward reads what was summed and the gradients of both results, and writes the
+Forward reads residual and update and writes both results and, for whoever rounds it next, the mean square of each
+normed token. Backward reads what was summed and the gradients of both results, and writes the
 gradient of the residual and, rounded to the update's precision, of the update: generated code reads the residual's
 gradient once more to round it, and is far from memory speed where it sums the weight's gradient.
 Here each program sums the weight's gradient over the rows it sees, and those sums are added up after.
@@ -32,6 +32,9 @@ from memory at a time. Programs are some for each multiprocessor of any GPU; eac
 
 _NARROW = 256
 
+_SUM_ROWS, _SUM_COLUMNS = 1024, 8
+"""Numbers that a program adds up at a time."""
+
 
 @triton.jit
 def _forward(  # type: ignore[no-untyped-def]
@@ -50,7 +53,8 @@ def _forward(  # type: ignore[no-untyped-def]
     gain = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)
     x *= scale * gain
     tl.store(normed + place, x.to(normed.dtype.element_ty), mask=inside)
-    tl.store(mean_square + row, tl.sum(x * x, 1) / width, mask=row < rows)
+    if mean_square is not None:
+        tl.store(mean_square + row, tl.sum(x * x, 1) / width, mask=row < rows)
 
 
 @triton.jit
@@ -80,17 +84,46 @@ def _backward(  # type: ignore[no-untyped-def]
     tl.store(to_weight + tl.program_id(0) * width + column, tl.sum(total, 0)[None, :], mask=column < width)
 
 
+@triton.jit
+def _sum_rows(  # type: ignore[no-untyped-def]
+    parts, total, rows, width: tl.constexpr, block: tl.constexpr, tile: tl.constexpr, stages: tl.constexpr
+):
+    column = tl.program_id(0) * block + tl.arange(0, block)[None, :]
+    numbers = tl.zeros((tile, block), tl.float32)
+    for start in tl.range(0, rows, tile, num_stages=stages):
+        row = start + tl.arange(0, tile)[:, None]
+        numbers += tl.load(parts + row * width + column, mask=(row < rows) & (column < width), other=0.0)
+    tl.store(total + column, tl.sum(numbers, 0)[None, :].to(total.dtype.element_ty), mask=column < width)
+
+
+def _summed(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the sum of contiguous rows (programs, width): the library's takes several times as long for so few."""
+    rows, width = parts.shape
+    total = torch.empty(width, dtype=dtype, device=parts.device)
+    _sum_rows[(triton.cdiv(width, _SUM_COLUMNS),)](
+        parts, total, rows, width=width, block=_SUM_COLUMNS, tile=_SUM_ROWS, stages=2, num_warps=8
+    )
+    return total
+
+
 class AddNorm(torch.autograd.Function):
-    """(residual, update, weight, epsilon, dtype) -> (residual + update, that normed, the mean square of the latter).
+    """(residual, update, weight, epsilon, dtype, measured) -> (residual + update, that normed, its mean square).
 
     Shapes (..., width) and, for the weight, (width,); the first result has the residual's dtype, the second, the root-
-    mean-square norm times the weight, has `dtype`; the third, (...), is float32 and has no gradient. Without an update
-    (None) the first result is the residual itself, so that its two gradients meet in the kernel.
+    mean-square norm times the weight, has `dtype`; the third, the mean square of the second, (...), is float32 and has
+    no gradient, and no numbers unless it is to be `measured`. Without an update (None) the first result is the residual
+    itself, so that its two gradients meet in the kernel.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, residual: Tensor, update: Tensor | None, weight: Tensor, epsilon: float, dtype: torch.dtype
+        ctx: Any,
+        residual: Tensor,
+        update: Tensor | None,
+        weight: Tensor,
+        epsilon: float,
+        dtype: torch.dtype,
+        measured: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return all results; keeps the sum."""
         residual = residual.contiguous()
@@ -99,10 +132,10 @@ class AddNorm(torch.autograd.Function):
         rows = residual.numel() // width
         out = residual.view_as(residual) if update is None else torch.empty_like(residual)
         normed = torch.empty_like(residual, dtype=dtype)
-        mean_square = torch.empty(residual.shape[:-1], dtype=torch.float32, device=residual.device)
+        mean_square = residual.new_empty(residual.shape[:-1] if measured else 0, dtype=torch.float32)
         block, tile, warps = row_tiles(width, _NUMBERS, _PER_WARP)
         _forward[(triton.cdiv(rows, tile),)](
-            residual, update, weight, out, normed, mean_square, rows,
+            residual, update, weight, out, normed, mean_square if measured else None, rows,
             epsilon=epsilon, width=width, block=block, tile=tile, num_warps=warps,
         )  # fmt: skip
         ctx.save_for_backward(out, weight)
@@ -111,7 +144,7 @@ class AddNorm(torch.autograd.Function):
         return out, normed, mean_square
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, Tensor, None, None, None]:
         """Return the gradients of residual, update and weight."""
         out, weight = ctx.saved_tensors
         to_out, to_normed = (gradient.contiguous() for gradient in gradients[:2])
@@ -127,4 +160,4 @@ class AddNorm(torch.autograd.Function):
             out, weight, to_out, to_normed, to_residual, to_update, to_weight, rows,
             epsilon=ctx.epsilon, width=width, block=block, tile=tile, stages=stages, num_warps=warps,
         )  # fmt: skip
-        return to_residual, to_update, to_weight.sum(0).to(weight.dtype), None, None
+        return to_residual, to_update, _summed(to_weight, weight.dtype), None, None, None

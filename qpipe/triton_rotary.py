@@ -82,6 +82,13 @@ def _launch(parts: list[Tensor], out: Tensor, cosine: Tensor, sine: Tensor, *, b
     )  # fmt: skip
 
 
+def rotated_copy(qkv: Tensor, cosine: Tensor, sine: Tensor, heads: int, kv_heads: int) -> Tensor:
+    """Return rotated queries and keys (B, T, H + K, head_dim) of contiguous heads (B, T, H + 2 K, head_dim)."""
+    rotated = qkv.new_empty(*qkv.shape[:2], heads + kv_heads, qkv.shape[3])
+    _launch(list(qkv.split([heads, kv_heads, kv_heads], dim=2)), rotated, cosine, sine, back=False)
+    return rotated
+
+
 class Rotary(torch.autograd.Function):
     """(heads, cosine, sine, H, K) -> rotated queries, rotated keys, values.
 
@@ -94,12 +101,9 @@ class Rotary(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the parts; the values are those of the input itself."""
         qkv, cosine, sine = qkv.contiguous(), cosine.contiguous(), sine.contiguous()
-        query, key, value = qkv.split([heads, kv_heads, kv_heads], dim=2)
-        rotated = qkv.new_empty(*qkv.shape[:2], heads + kv_heads, qkv.shape[3])
-        _launch([query, key, value], rotated, cosine, sine, back=False)
         ctx.save_for_backward(cosine, sine)
-        query, key = rotated.split([heads, kv_heads], dim=2)
-        return query, key, value
+        query, key = rotated_copy(qkv, cosine, sine, heads, kv_heads).split([heads, kv_heads], dim=2)
+        return query, key, qkv[:, :, heads + kv_heads :]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:

@@ -89,7 +89,9 @@ def test_unstructured_mask_keeps_the_exact_count():
 
 
 def test_dense_is_a_plain_linear_layer():
-    assert type(make_linear(8, 4, resolve("dense"))) is torch.nn.Linear
+    layer, x = make_linear(8, 4, resolve("dense")), torch.randn(3, 8)
+    assert isinstance(layer, torch.nn.Linear)
+    assert torch.equal(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias))
 
 
 @pytest.mark.parametrize("name", ["w4a4", "2:4", "s50", "w1.58", "w4e2m1", "2:4+w2"])

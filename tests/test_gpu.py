@@ -25,10 +25,11 @@ def train(
     compiled: bool,
     steps: int = 8,
     parameters: str = "fp32",
+    precision: str = "bf16",
 ) -> list[float]:
     monkeypatch.setenv("QPIPE_COMPILE", str(int(compiled)))
     monkeypatch.setenv("QPIPE_CAPTURE", str(int(capture)))
-    run = small_run(name, steps=steps, width=128, feed_forward=256, precision="bf16")
+    run = small_run(name, steps=steps, width=128, feed_forward=256, precision=precision)
     model = Decoder(run.shape, run.format_spec)
     model.initialize(0)
     if parameters == "bf16":
@@ -39,7 +40,7 @@ def train(
     for number in range(steps):
         generator = torch.Generator().manual_seed(number)
         tokens = torch.randint(0, run.shape.vocab_size, (8, run.shape.context + 1), generator=generator).cuda()
-        with torch.autocast("cuda", torch.bfloat16):
+        with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):
             loss, norm = step(tokens, number, optimizer)
         losses += [loss.item(), norm.item()]
     assert (optimizer.graph is not None) == capture
@@ -47,15 +48,31 @@ def train(
     return losses
 
 
+def assert_alike(found: list[float], expected: list[float], loss: float, norm: float) -> None:
+    """Compare what `train` returns, with relative tolerances of losses and gradient norms."""
+    assert found[::2] == pytest.approx(expected[::2], rel=loss)
+    assert found[1::2] == pytest.approx(expected[1::2], rel=norm)
+
+
 @on_gpu
 @pytest.mark.parametrize("name", catalogue_names())
 def test_captured_steps_equal_plain_steps(name: str, monkeypatch: pytest.MonkeyPatch):
+    """In float32, where little is near a border: the step that is captured does not know the precision."""
+    plain = train(name, monkeypatch, capture=False, compiled=False, precision="fp32")
+    captured = train(name, monkeypatch, capture=True, compiled=False, precision="fp32")
+    # The embedding's gradient is summed in no fixed order, and clipping and AdamW in one launch round otherwise than in
+    # two. An activation that takes another level changes all that its token passes through: on a CPU, weights moved by
+    # 1e-7 of themselves after each step moved losses by up to 0.3% and norms by up to 3% where activations are rounded.
+    rounded = resolve(name).activations is not None
+    assert_alike(captured, plain, *((1e-2, 1e-1) if rounded else (1e-3, 1e-3)))
+
+
+@on_gpu
+@pytest.mark.parametrize("name", COMPILED)
+def test_captured_steps_equal_plain_steps_in_bfloat16(name: str, monkeypatch: pytest.MonkeyPatch):
     plain = train(name, monkeypatch, capture=False, compiled=False)
     captured = train(name, monkeypatch, capture=True, compiled=False)
-    # The embedding's gradient is summed in no fixed order, and clipping and AdamW in one launch round otherwise than in
-    # two. After some updates a number near a border takes another level.
-    assert captured[:8] == pytest.approx(plain[:8], rel=1e-3)
-    assert captured[8:] == pytest.approx(plain[8:], rel=2e-2)
+    assert_alike(captured, plain, 1e-2, 1e-1)  # rounding to 8 bits of mantissa moves many more numbers
 
 
 @on_gpu

@@ -3,11 +3,13 @@
 import pytest
 import torch
 
+from qpipe.attention import causal_attention, has_kernel, rotated_parts
+from qpipe.compress.dense import DenseLinear
 from qpipe.compress.prepare import prepare
 from qpipe.compress.rotation import hadamard
 from qpipe.cross_entropy import CHUNK_ELEMENTS, linear_cross_entropy
 from qpipe.formats import resolve
-from qpipe.model import embed, rotated_parts, swiglu
+from qpipe.model import embed, swiglu
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -53,12 +55,13 @@ def test_swiglu(width: int):
     gate_up = torch.randn(3, 5, 2 * width, requires_grad=True)
     on_device = gate_up.detach().cuda().requires_grad_()
     incoming = torch.randn(3, 5, width)
-    (expected, _), (found, mean_square) = swiglu(gate_up), swiglu(on_device)
+    (expected, _), (found, mean_square) = swiglu(gate_up, True), swiglu(on_device, True)
     assert mean_square is not None
     expected.backward(incoming)
     found.backward(incoming.cuda())
     assert torch.allclose(found.cpu(), expected, atol=1e-5)
     assert torch.allclose(mean_square.cpu(), expected.square().mean(-1), rtol=1e-4)
+    assert swiglu(on_device, False)[1] is None
     assert torch.allclose(on_device.grad.cpu(), gate_up.grad, atol=1e-5)
 
 
@@ -73,7 +76,7 @@ def test_sum_and_norm(dtype: torch.dtype, width: int, updated: bool):
     given = [torch.randn(3, 700, width), torch.randn(3, 700, width).to(dtype), torch.rand(width) + 0.5]
     incoming = [torch.randn(3, 700, width), torch.randn(3, 700, width).to(dtype)]
     leaves = [tensor.cuda().requires_grad_() for tensor in given]
-    results = AddNorm.apply(leaves[0], leaves[1] if updated else None, leaves[2], 1e-5, dtype)
+    results = AddNorm.apply(leaves[0], leaves[1] if updated else None, leaves[2], 1e-5, dtype, True)
     torch.autograd.backward(results[:2], [gradient.cuda() for gradient in incoming])
     exact = [tensor.double().requires_grad_() for tensor in given]
     total = exact[0] + exact[1] if updated else exact[0]
@@ -109,6 +112,46 @@ def test_rotary_positions(dtype: torch.dtype, sizes: tuple[int, int, int, int, i
     coarse = 1e-5 if dtype == torch.float32 else 2**-7
     for part, reference in zip((*found, leaf.grad), (*expected, exact.grad), strict=True):
         assert torch.allclose(part.cpu().double(), reference, rtol=coarse, atol=1e-5)
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sizes", [(2, 70, 3, 1, 32), (3, 512, 5, 5, 32), (2, 300, 4, 2, 64), (1, 1000, 2, 2, 64)])
+def test_attention_of_small_heads(dtype: torch.dtype, sizes: tuple[int, int, int, int, int]):
+    batch, length, heads, kv_heads, width = sizes
+    torch.manual_seed(0)
+    angles = torch.outer(torch.arange(float(length)), torch.rand(width // 2))
+    angles = torch.cat([angles, angles], dim=-1)[:, None]
+    qkv = torch.randn(batch, length, heads + 2 * kv_heads, width).to(dtype)
+    incoming = torch.randn(batch, length, heads, width).to(dtype)
+    exact, leaf = qkv.double().requires_grad_(), qkv.cuda().requires_grad_()
+    expected = causal_attention(exact, angles.double().cos(), angles.double().sin(), heads, kv_heads)
+    assert has_kernel(leaf)
+    found = causal_attention(leaf, angles.cos().cuda(), angles.sin().cuda(), heads, kv_heads)
+    torch.autograd.backward([expected, found], [incoming.double(), incoming.cuda()])
+    coarse = 2**-7 if dtype == torch.bfloat16 else 2**-10
+    for part, reference in ((found, expected), (leaf.grad, exact.grad)):
+        error = (part.cpu().double() - reference).abs()
+        assert error.max() < 4 * coarse * max(1.0, reference.abs().max().item() / 4)
+        assert error.norm() < coarse * reference.norm()
+
+
+@on_gpu
+def test_the_gradient_of_a_dense_weight_is_not_rounded_to_16_bits():
+    torch.manual_seed(0)
+    layer, x = DenseLinear(64, 48, bias=False, device="cuda"), torch.randn(2, 500, 64, device="cuda")
+    incoming = torch.randn(2, 500, 48, device="cuda").bfloat16()
+    given = x.clone().requires_grad_()
+    with torch.autocast("cuda", torch.bfloat16):
+        found = layer(given)
+    found.backward(incoming)
+    exact, weight = x.bfloat16().double(), layer.weight.detach().bfloat16().double()
+    assert found.dtype == torch.bfloat16
+    assert torch.allclose(found.double(), exact @ weight.T, rtol=2**-7, atol=1e-3)
+    assert torch.allclose(given.grad.double(), incoming.double() @ weight, rtol=2**-7, atol=1e-3)
+    to_weight = incoming.double().flatten(0, 1).T @ exact.flatten(0, 1)
+    assert layer.weight.grad.dtype == torch.float32
+    assert torch.allclose(layer.weight.grad.double(), to_weight, rtol=1e-4, atol=1e-3)
 
 
 def exactly_rotated(x: torch.Tensor, block: int) -> torch.Tensor:
@@ -161,8 +204,8 @@ def test_rotated_and_rounded_weights(rows: int, width: int, block: int, back: bo
     torch.manual_seed(0)
     weight, incoming = torch.randn(rows, width), torch.randn(rows, width)
     leaf = weight.cuda().requires_grad_()
-    matrix, mean_square = hadamard(block, leaf.device, torch.float32), leaf.detach().square().mean(-1)
-    found = RotateAndRound.apply(leaf, matrix, multiplier, float(top), mean_square, torch.float32, back)
+    matrix = hadamard(block, leaf.device, torch.float32)
+    found = RotateAndRound.apply(leaf, matrix, multiplier, float(top), None, torch.float32, back)
     found.backward(incoming.cuda())
     scale = weight.double().square().mean(-1, keepdim=True).sqrt() * multiplier
     y = exactly_rotated(weight, block) / scale

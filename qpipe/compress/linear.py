@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
+from qpipe.compress.dense import DenseLinear, product_dtype
 from qpipe.compress.gradients import power, power_inverse
 from qpipe.compress.masks import sparsity_at
 from qpipe.compress.packing import pack, unpack
@@ -50,6 +51,7 @@ class CompressedLinear(nn.Module):
     weight : master weight, shape (out_features, in_features); the only parameter that weight decay may act on
     weight_scale, activation_scale : trained scales, present only where the representation trains them. They carry
         `is_scale = True`; give them no weight decay.
+    reads_mean_square : whether a kernel rounds the inputs, on GPUs and in 16 bits
 
     Raises
     ------
@@ -78,7 +80,7 @@ class CompressedLinear(nn.Module):
         self.activation_scale = _scale_parameter((1, 1) if _trains(representation.activations) else None, device)
         self._weights = prepare(representation.weights) if representation.weights else None
         self._activations = prepare(representation.activations) if representation.activations else None
-        self._has_kernel = _has_kernel(representation.activations, self.block)
+        self.reads_mean_square = _has_kernel(representation.activations, self.block)
         self._has_weight_kernel = _has_kernel(representation.weights, self.block)
         mask = self._weights.mask if self._weights else None
         self.kept_share: Tensor | None
@@ -143,7 +145,7 @@ class CompressedLinear(nn.Module):
                     hadamard(self.block, x.device, torch.float32),
                     self._weights.multiplier,
                     self._weights.high + self._weights.radius,
-                    self.weight.detach().square().mean(-1),
+                    None,
                     dtype,
                     self._activations is None,
                 )
@@ -192,7 +194,7 @@ class CompressedLinear(nn.Module):
     def _represent_input(self, x: Tensor, mean_square: Tensor | None) -> Tensor:
         if self._activations is None:
             return x
-        if x.is_cuda and self._has_kernel and (dtype := product_dtype(x)).itemsize == 2:
+        if x.is_cuda and self.reads_mean_square and (dtype := product_dtype(x)).itemsize == 2:
             matrix, top = hadamard(self.block, x.device, dtype), self._activations.high + self._activations.radius
             rounded: Tensor = triton_rounding.RotateAndRound.apply(
                 x.to(dtype), matrix, self._activations.multiplier, top, mean_square, dtype
@@ -232,12 +234,6 @@ class CompressedLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, {self.representation.name}, bias={self.bias is not None}"
 
 
-def product_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype in which products with `x` run: autocast's where that is on."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-
 def _has_kernel(part: TensorFormat | None, block: int) -> bool:
     """Whether a kernel of our own rotates and rounds numbers of this format."""
     return part is not None and part.rotates_and_rounds(block)
@@ -275,9 +271,9 @@ def make_linear(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> nn.Linear | CompressedLinear:
-    """`nn.Linear` for dense, else `CompressedLinear`."""
+    """`DenseLinear` for dense, else `CompressedLinear`."""
     if representation.is_dense:
-        return nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        return DenseLinear(in_features, out_features, bias=bias, device=device, dtype=dtype)
     return CompressedLinear(in_features, out_features, representation, bias=bias, device=device, dtype=dtype)
 
 

@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qpipe.triton_kernels import row_tiles
+
 _BITS = 16
 """Numbers whose gates make a word; divides every block."""
 
@@ -32,6 +34,9 @@ _BACK_TILE, _BACK_WARPS, _BACK_STAGES = 64, 4, 3
 
 _WEIGHT_TILE, _WEIGHT_WARPS = 64, 4
 """Weights have fewer rows: a program takes one block of so many."""
+
+_MEAN_NUMBERS, _MEAN_PER_WARP = 2048, 512
+"""Numbers of whole rows that a program squares, and a warp of it."""
 
 
 @triton.jit
@@ -114,12 +119,31 @@ def _rotate_gated(  # type: ignore[no-untyped-def]
         tl.store(out + begin + column + start, _rotated(numbers, matrix, root).to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _mean_squares(x, out, rows, width: tl.constexpr, block: tl.constexpr, tile: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0) * tile + tl.arange(0, tile)
+    column = tl.arange(0, block)[None, :]
+    inside = (row < rows)[:, None] & (column < width)
+    numbers = tl.load(x + row.to(tl.int64)[:, None] * width + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row, tl.sum(numbers * numbers, 1) / width, mask=row < rows)
+
+
+def mean_squares(x: Tensor) -> Tensor:
+    """Return the mean square of each row of a contiguous array (rows, width), in float32."""
+    rows, width = x.shape
+    out = torch.empty(rows, dtype=torch.float32, device=x.device)
+    block, tile, warps = row_tiles(width, _MEAN_NUMBERS, _MEAN_PER_WARP)
+    _mean_squares[(triton.cdiv(rows, tile),)](x, out, rows, width=width, block=block, tile=tile, num_warps=warps)
+    return out
+
+
 class RotateAndRound(torch.autograd.Function):
     """(x, hadamard, multiplier, top, mean_square, dtype, back) -> rotated and rounded numbers, shape of x (..., width).
 
     `hadamard` is the matrix of a block that divides the width, in the dtype of x (16 bits, or float32 for weights);
     `top` is half the number of levels and `multiplier` the step in standard deviations; `mean_square`, shape (...), is
-    that of each row of x, or None; `dtype` is the result's. With `back` the result is in the basis of x.
+    that of each row of x, or None, where it is found here; `dtype` is the result's. With `back` the result is in the
+    basis of x.
     """
 
     @staticmethod
@@ -141,10 +165,12 @@ class RotateAndRound(torch.autograd.Function):
         gate = torch.empty(*x.shape[:-1], width // _BITS, dtype=torch.int16, device=x.device)
         weights = x.dtype == torch.float32
         tile, warps, span = (_WEIGHT_TILE, _WEIGHT_WARPS, block) if weights else (_TILE, _WARPS, width)
-        _round_rotated[(triton.cdiv(rows, tile), 1 if mean_square is None else width // span)](
+        if weights and mean_square is None:  # several programs share a row
+            mean_square = mean_squares(x)
+        _round_rotated[(triton.cdiv(rows, tile), width // span)](
             x, hadamard, mean_square, value, gate, rows,
             multiplier=multiplier, top=top, width=width, block=block, tile=tile,
-            span=width if mean_square is None else span, back=back, stages=_STAGES, bits=_BITS, root=block**-0.5,
+            span=span, back=back, stages=_STAGES, bits=_BITS, root=block**-0.5,
             num_warps=warps,
         )  # fmt: skip
         ctx.save_for_backward(gate, hadamard)

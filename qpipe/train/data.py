@@ -141,7 +141,7 @@ class BatchStream:
     Attributes
     ----------
     waited
-        Time spent waiting for batches (seconds).
+        Time spent waiting for batches that were not there when asked for (seconds).
     """
 
     batches: Batches
@@ -153,13 +153,13 @@ class BatchStream:
     waited: float = field(default=0.0, init=False)
 
     def __iter__(self) -> Iterator[Tensor]:
-        source = self._ahead() if self.prefetch else map(self._tensor, range(self.start, self.stop))
-        while True:
+        if self.prefetch:
+            yield from self._ahead()
+            return
+        for step in range(self.start, self.stop):
             begin = time.perf_counter()
-            batch = next(source, None)
+            batch = self._tensor(step)
             self.waited += time.perf_counter() - begin
-            if batch is None:
-                return
             yield batch
 
     def _tensor(self, step: int) -> Tensor:
@@ -172,6 +172,14 @@ class BatchStream:
             for step in range(self.start, self.stop):
                 pending.append(reader.submit(self._tensor, step))
                 if len(pending) > _PREFETCHED:
-                    yield pending.popleft().result()
+                    yield self._arrived(pending.popleft())
             while pending:
-                yield pending.popleft().result()
+                yield self._arrived(pending.popleft())
+
+    def _arrived(self, batch: Future[Tensor]) -> Tensor:
+        if batch.done():
+            return batch.result()
+        begin = time.perf_counter()
+        tokens = batch.result()
+        self.waited += time.perf_counter() - begin
+        return tokens

@@ -7,7 +7,11 @@ through tensors in fixed places: the tokens, the learning rate, the share a mask
 seed. The kernels are the same ones but for clipping and AdamW, which a captured step takes in one launch
 (`qpipe.triton_adamw`; where weights are kept in bfloat16 it stays with torch's), so captured and plain steps agree.
 
-QPIPE_COMPILE=0 and QPIPE_CAPTURE=0 turn compiling and capturing off, to look for trouble.
+Blocks are compiled where that makes steps faster: where a representation leaves chains of elementwise operations, or
+where launches are not captured. What dense models and QuEST's quantizer need is in kernels of our own, and then a
+compiler would add nothing but its own time, ten seconds before the first step.
+
+QPIPE_COMPILE=0 and QPIPE_CAPTURE=0 turn compiling and capturing off, to look for trouble, QPIPE_COMPILE=1 compiles all.
 """
 
 import os
@@ -18,7 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from qpipe.accounting import linear_shapes
 from qpipe.compress import CompressedLinear
+from qpipe.compress.dense import rounded_together
 from qpipe.errors import QpipeError
 from qpipe.model import Decoder
 from qpipe.recipe import Training
@@ -82,8 +88,9 @@ class TrainingStep:
     def __init__(self, model: Decoder, run: Run, micro_batch: int, *, single: bool) -> None:
         self.model, self.run, self.micro_batch = model, run, micro_batch
         self.device = next(model.parameters()).device
-        self.compiling = switched_on("QPIPE_COMPILE", self.device)
-        self.capturing = single and self.device.type == "cuda" and switched_on("QPIPE_CAPTURE", self.device)
+        on_gpu = self.device.type == "cuda"
+        self.capturing = single and on_gpu and switched_on("QPIPE_CAPTURE", on_gpu)
+        self.compiling = switched_on("QPIPE_COMPILE", on_gpu and not (self.capturing and is_all_kernels(run)))
         self.taken = 0
         self._optimizer: ReplayedAdamW | None = None
         self._update: CapturedAdamW | None = None
@@ -170,7 +177,7 @@ class TrainingStep:
         if triton_adamw.fits(optimizer):
             self._update = triton_adamw.CapturedAdamW(optimizer, self.run.training.clip)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph), rounded_together(self.model):
             if self._update is None:
                 self._loss, self._norm = self._gradients(self._tokens, backward)
                 optimizer.step()
@@ -184,12 +191,26 @@ class TrainingStep:
         optimizer.graph, self._optimizer = graph, optimizer
 
 
-def switched_on(name: str, device: torch.device) -> bool:
-    """Whether a GPU feature is on: by default on GPUs, elsewhere and otherwise as the environment says (0 or 1)."""
+def switched_on(name: str, default: bool) -> bool:
+    """Whether a feature is on: as the environment says (0 or 1), by default as told."""
     word = os.environ.get(name, "")
     if word not in ("", "0", "1"):
         raise QpipeError(f"{name}={word}: use 0 or 1, or leave it out")
-    return device.type == "cuda" if word == "" else word == "1"
+    return default if word == "" else word == "1"
+
+
+def is_all_kernels(run: Run) -> bool:
+    """Whether matrix products and kernels of our own are all that a GPU needs for the blocks of a run."""
+    spec = run.format_spec
+    parts = [part for part in (spec.weights, spec.activations) if part is not None]
+    if not parts:
+        return spec.is_dense
+    rounded = all(
+        part.rotates_and_rounds(spec.hadamard_block(inputs))
+        for part in parts
+        for _, inputs, _ in linear_shapes(run.shape)
+    )
+    return rounded and run.training.precision == "bf16" and run.training.parameters == "fp32"
 
 
 def make_optimizer(model: nn.Module, training: Training) -> ReplayedAdamW:
