@@ -40,8 +40,9 @@ def causal_attention(qkv: Tensor, cosine: Tensor, sine: Tensor, heads: int, kv_h
 
 
 def has_kernel(qkv: Tensor) -> bool:
-    """Whether attention of these heads has a kernel of our own."""
-    return qkv.is_cuda and qkv.dtype.itemsize == 2 and qkv.shape[-1] in SMALL_HEADS
+    """Whether attention of these heads has a kernel of our own, which compiled blocks do not use."""
+    small = qkv.dtype.itemsize == 2 and qkv.shape[-1] in SMALL_HEADS
+    return small and qkv.is_cuda and not torch.compiler.is_compiling()
 
 
 def rotary_tables(shape: ModelShape) -> tuple[Tensor, Tensor]:

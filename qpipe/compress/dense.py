@@ -26,9 +26,8 @@ class DenseLinear(nn.Linear):
         rounded = dtype.itemsize == 2 and self.weight.dtype == torch.float32
         if not input.is_cuda or not rounded or self.bias is not None or torch.compiler.is_compiling():
             return super().forward(input)
-        product: Tensor = _Product.apply(
-            input, self.weight, self.weight.to(dtype) if self.rounded is None else self.rounded
-        )
+        copy = self.weight.detach().to(dtype) if self.rounded is None else self.rounded
+        product: Tensor = _Product.apply(input, self.weight, copy)
         return product
 
 
@@ -43,10 +42,11 @@ class _Product(torch.autograd.Function):
         return functional.linear(x, rounded)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, rounded = ctx.saved_tensors
-        gradient = gradients[0]
-        to_weight = torch.mm(gradient.flatten(0, -2).T, x.flatten(0, -2), out_dtype=torch.float32)
+        gradient, to_weight = gradients[0], None
+        if ctx.needs_input_grad[1]:  # post-training methods ask for those of features alone
+            to_weight = torch.mm(gradient.flatten(0, -2).T, x.flatten(0, -2), out_dtype=torch.float32)
         return (gradient @ rounded).to(ctx.dtype), to_weight, None
 
 
