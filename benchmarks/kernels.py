@@ -115,7 +115,7 @@ def _norm(width: int) -> None:
     size, back = numbers * (2 * FP32 + 2 * BF16), numbers * (3 * FP32 + 2 * BF16)
 
     def forward() -> object:
-        return triton_norm.AddNorm.forward(kept, residual, update, weight, 1e-5, torch.bfloat16)
+        return triton_norm.AddNorm.forward(kept, residual, update, weight, 1e-5, torch.bfloat16, False)
 
     def backward() -> object:
         return triton_norm.AddNorm.backward(kept, residual, update)
@@ -204,7 +204,8 @@ def attention() -> None:
             parts = (part.transpose(1, 2) for part in rotated_parts(qkv, cosine, sine, heads, heads))
             return F.scaled_dot_product_attention(*parts, is_causal=True).transpose(1, 2)
 
-        for name, work in (("*" if width in SMALL_HEADS else "as ours", own), ("library", library)):
+        small = width in SMALL_HEADS
+        for name, work in (("ours" + " *" * small, own), ("the library's" + " *" * (not small), library)):
 
             def both(work: Callable[[], Tensor] = work, qkv: Tensor = qkv, incoming: Tensor = incoming) -> None:
                 qkv.grad = None
@@ -298,8 +299,7 @@ def weights() -> None:
         size = rows * width * (FP32 + BF16)
 
         def forward(back: bool, weight: Tensor = weight, matrix: Tensor = matrix, kept: Any = kept) -> object:
-            squares = weight.square().mean(-1)
-            return RotateAndRound.forward(kept, weight, matrix, prepared.multiplier, 8.0, squares, torch.bfloat16, back)
+            return RotateAndRound.forward(kept, weight, matrix, prepared.multiplier, 8.0, None, torch.bfloat16, back)
 
         def backward(incoming: Tensor = incoming, kept: Any = kept) -> object:
             return RotateAndRound.backward(kept, incoming)

@@ -4,12 +4,13 @@ A small model's step is hundreds of kernels of a few microseconds each, and laun
 running them takes the GPU. So on a single GPU the step is recorded once, after two ordinary steps have compiled and
 allocated everything, and then replayed as one launch (CUDA graph). What changes from step to step reaches the graph
 through tensors in fixed places: the tokens, the learning rate, the share a mask schedule keeps, and the generator's
-seed. The kernels are the same ones but for clipping and AdamW, which a captured step takes in one launch
-(`qpipe.triton_adamw`; where weights are kept in bfloat16 it stays with torch's), so captured and plain steps agree.
+seed. The kernels are the same ones, so captured and plain steps agree, but for two: a captured step rounds all dense
+weights in one launch (`qpipe.compress.dense`), and clips and takes AdamW's step in one (`qpipe.triton_adamw`; where
+weights are kept in bfloat16 it stays with torch's).
 
 Blocks are compiled where that makes steps faster: where a representation leaves chains of elementwise operations, or
 where launches are not captured. What dense models and QuEST's quantizer need is in kernels of our own, and then a
-compiler would add nothing but its own time, ten seconds before the first step.
+compiler would add nothing but its own time, 4 to 7 seconds before the first step.
 
 QPIPE_COMPILE=0 and QPIPE_CAPTURE=0 turn compiling and capturing off, to look for trouble, QPIPE_COMPILE=1 compiles all.
 """
