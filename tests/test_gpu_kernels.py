@@ -92,14 +92,19 @@ def test_sum_and_norm(dtype: torch.dtype, width: int, updated: bool):
         assert torch.allclose(leaves[1].grad.cpu().double(), exact[1].grad, rtol=coarse, atol=1e-5)
 
 
+def random_angles(length: int, width: int) -> torch.Tensor:
+    """Rotary angles (length, 1, width) of random frequencies."""
+    angles = torch.outer(torch.arange(float(length)), torch.rand(width // 2))
+    return torch.cat([angles, angles], dim=-1)[:, None]
+
+
 @on_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sizes", [(2, 9, 3, 1, 10), (3, 70, 5, 5, 32), (1, 300, 4, 2, 128)])
 def test_rotary_positions(dtype: torch.dtype, sizes: tuple[int, int, int, int, int]):
     batch, length, heads, kv_heads, width = sizes
     torch.manual_seed(0)
-    angles = torch.outer(torch.arange(float(length)), torch.rand(width // 2))
-    angles = torch.cat([angles, angles], dim=-1)[:, None]
+    angles = random_angles(length, width)
     qkv = torch.randn(batch, length, heads + 2 * kv_heads, width).to(dtype)
     exact, leaf = qkv.double().requires_grad_(), qkv.cuda().requires_grad_()
     expected = rotated_parts(exact, angles.double().cos(), angles.double().sin(), heads, kv_heads)
@@ -120,8 +125,7 @@ def test_rotary_positions(dtype: torch.dtype, sizes: tuple[int, int, int, int, i
 def test_attention_of_small_heads(dtype: torch.dtype, sizes: tuple[int, int, int, int, int]):
     batch, length, heads, kv_heads, width = sizes
     torch.manual_seed(0)
-    angles = torch.outer(torch.arange(float(length)), torch.rand(width // 2))
-    angles = torch.cat([angles, angles], dim=-1)[:, None]
+    angles = random_angles(length, width)
     qkv = torch.randn(batch, length, heads + 2 * kv_heads, width).to(dtype)
     incoming = torch.randn(batch, length, heads, width).to(dtype)
     exact, leaf = qkv.double().requires_grad_(), qkv.cuda().requires_grad_()
