@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._dynamo.testing import CompileCounter
 from training_cases import make_store, markov_tokens, small_run, small_shape
 
 from qpipe.cli import export
@@ -168,3 +169,23 @@ def test_compiled_training_step_equals_the_eager_one(name: str):
     torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
     for parameter_name, parameter in layer.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[parameter_name], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["2:4", "mxfp4", "w2-lsq"])
+def test_layer_that_compiles_its_parts_equals_the_plain_one_and_is_evaluated_plainly(name: str):
+    counter, x, incoming = CompileCounter(), torch.randn(5, 128), torch.randn(5, 64)
+    plain, layer = (make_linear(128, 64, resolve(name)) for _ in range(2))
+    plain(x)  # finds trained scales
+    layer.load_state_dict(plain.state_dict())
+    layer.compile(backend=counter)
+    assert torch.equal(layer.eval()(x), plain.eval()(x))
+    assert counter.frame_count == 0
+    gradients = []
+    for module in (plain.train(), layer.train()):
+        leaf = x.clone().requires_grad_()
+        result = module(leaf)
+        result.backward(incoming)
+        gradients.append((result, leaf.grad, module.weight.grad))
+    assert counter.frame_count == 1 + (resolve(name).activations is not None)
+    for found, expected in zip(*gradients, strict=True):
+        assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6)

@@ -61,10 +61,11 @@ def test_captured_steps_equal_plain_steps(name: str, monkeypatch: pytest.MonkeyP
     plain = train(name, monkeypatch, capture=False, compiled=False, precision="fp32")
     captured = train(name, monkeypatch, capture=True, compiled=False, precision="fp32")
     # The embedding's gradient is summed in no fixed order, and clipping and AdamW in one launch round otherwise than in
-    # two. An activation that takes another level changes all that its token passes through: on a CPU, weights moved by
-    # 1e-7 of themselves after each step moved losses by up to 0.3% and norms by up to 3% where activations are rounded.
-    rounded = resolve(name).activations is not None
-    assert_alike(captured, plain, *((1e-2, 1e-1) if rounded else (1e-3, 1e-3)))
+    # two. A number that takes another level changes all that it is multiplied with: on a CPU, weights moved by 1e-7 of
+    # themselves after each step moved losses by up to 0.3% and norms by up to 3% where activations are rounded.
+    spec = resolve(name)
+    rounded = spec.activations is not None or (spec.weights is not None and spec.weights.grid is not None)
+    assert_alike(captured, plain, *((1e-2, 2e-1) if rounded else (1e-3, 1e-3)))
 
 
 @on_gpu

@@ -18,7 +18,7 @@ from qpipe.recipe import QUEST, TINY
 from qpipe.train.data import Batches, BatchStream, permute
 from qpipe.train.schedule import learning_rate
 from qpipe.train.seeds import step_seed
-from qpipe.train.step import is_all_kernels, parameter_groups
+from qpipe.train.step import parameter_groups
 from qpipe.train.validation import Validation, all_windows, some_windows
 
 
@@ -181,28 +181,6 @@ def test_weight_decay_is_for_linear_weights_of_blocks_only() -> None:
     rest = {names[id(p)] for p in others["params"]}
     assert {"embedding.weight", "head.weight", "norm.weight", "blocks.0.attention.qkv.weight_scale"} <= rest
     assert len(decayed["params"]) + len(others["params"]) == len(names)
-
-
-@pytest.mark.parametrize(
-    ("name", "changes", "expected"),
-    [
-        ("dense", {}, True),
-        ("dense", {"precision": "fp32"}, True),
-        ("w4", {}, True),
-        ("w4a4", {}, True),
-        ("w4a4", {"precision": "fp32"}, False),  # the kernel rounds activations of 16 bits
-        ("w4", {"parameters": "bf16"}, False),  # and weights of 32
-        ("w4a4", {"width": 24}, False),  # and blocks of 16 to 128
-        ("w4-unrotated", {}, False),
-        ("w2-lsq", {}, False),
-        ("2:4", {}, False),
-        ("2:4+w4", {}, False),
-        ("mxfp4", {}, False),
-    ],
-)
-def test_what_needs_no_compiler(name: str, changes: dict[str, object], expected: bool) -> None:
-    shape = {"width": 64, "feed_forward": 128}
-    assert is_all_kernels(small_run(name, **(shape | {"precision": "bf16"} | changes))) is expected
 
 
 def test_step_seeds_are_pure_and_distinct() -> None:

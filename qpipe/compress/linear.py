@@ -10,7 +10,7 @@ larger activation tensor.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -34,6 +34,10 @@ from qpipe.formats.spec import TRAINED_SCALES
 
 if torch.cuda.is_available():
     from qpipe.compress import triton_rounding
+
+
+_COMPILED_SHAPES = 64
+"""Times that a function is compiled anew in a process before it is left as it is: four per format."""
 
 
 class CompressedLinear(nn.Module):
@@ -82,6 +86,9 @@ class CompressedLinear(nn.Module):
         self._activations = prepare(representation.activations) if representation.activations else None
         self.reads_mean_square = _has_kernel(representation.activations, self.block)
         self._has_weight_kernel = _has_kernel(representation.weights, self.block)
+        self._compiler: Callable[..., Any] | None = None
+        self._compiled_weight: Callable[[torch.dtype], Tensor] | None = None
+        self._compiled_input: Callable[[Tensor], Tensor] | None = None
         mask = self._weights.mask if self._weights else None
         self.kept_share: Tensor | None
         self.register_buffer("kept_share", None)
@@ -134,26 +141,40 @@ class CompressedLinear(nn.Module):
         x = self._represent_input(x, mean_square)
         return functional.linear(x, self._product_weight(x), self.bias)
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile what represents weights and inputs where no kernel of our own does; arguments of `torch.compile`.
+
+        The rest is a matrix product. In evaluation nothing is compiled: it would be compiled once more for it. The
+        compiler takes seconds to import, so nothing happens before it is needed.
+        """
+        self._compiler = lambda function: _compiled(function, *args, **kwargs)
+
     def _product_weight(self, x: Tensor) -> Tensor:
         """The weight that multiplies the represented input `x`: in its dtype, and in its basis."""
         dtype = product_dtype(x) if x.is_cuda and self._has_weight_kernel else x.dtype
-        with _full_precision(x.device):
-            if x.is_cuda and self._has_weight_kernel and dtype.itemsize == 2 and self.weight.dtype == torch.float32:
-                assert self._weights is not None
-                rounded: Tensor = triton_rounding.RotateAndRound.apply(
-                    self.weight,
-                    hadamard(self.block, x.device, torch.float32),
-                    self._weights.multiplier,
-                    self._weights.high + self._weights.radius,
-                    None,
-                    dtype,
-                    self._activations is None,
-                )
-                return rounded
+        if x.is_cuda and self._has_weight_kernel and dtype.itemsize == 2 and self.weight.dtype == torch.float32:
+            assert self._weights is not None
+            rounded: Tensor = triton_rounding.RotateAndRound.apply(
+                self.weight,
+                hadamard(self.block, x.device, torch.float32),
+                self._weights.multiplier,
+                self._weights.high + self._weights.radius,
+                None,
+                dtype,
+                self._activations is None,
+            )
+            return rounded
+        if self.training and self._compiler is not None:
+            self._compiled_weight = self._compiled_weight or self._compiler(self._weight_in_dtype)
+            return self._compiled_weight(dtype)
+        return self._weight_in_dtype(dtype)
+
+    def _weight_in_dtype(self, dtype: torch.dtype) -> Tensor:
+        with _full_precision(self.weight.device):
             weight = self._represent_weight()
             if self._activations is None:
                 weight = rotate(weight, self.block)
-        return weight.to(x.dtype)
+            return weight.to(dtype)
 
     def compressed_weight(self) -> Tensor:
         """The dequantized weight as used, shape (out_features, in_features), in the unrotated input basis."""
@@ -200,6 +221,13 @@ class CompressedLinear(nn.Module):
                 x.to(dtype), matrix, self._activations.multiplier, top, mean_square, dtype
             )
             return rounded
+        if self.training and self._compiler is not None:
+            self._compiled_input = self._compiled_input or self._compiler(self._compressed_input)
+            return self._compiled_input(x)
+        return self._compressed_input(x)
+
+    def _compressed_input(self, x: Tensor) -> Tensor:
+        assert self._activations is not None
         return compress(
             rotate(x, self.block),
             self._activations,
@@ -232,6 +260,15 @@ class CompressedLinear(nn.Module):
     def extra_repr(self) -> str:
         """Shown by `print(module)`."""
         return f"{self.in_features}, {self.out_features}, {self.representation.name}, bias={self.bias is not None}"
+
+
+def _compiled(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Callable[..., Tensor]:
+    """`torch.compile` for a process that trains many runs, with several shapes each, one after the other."""
+    import torch._dynamo.config
+
+    torch._dynamo.config.recompile_limit = _COMPILED_SHAPES
+    compiled: Callable[..., Tensor] = torch.compile(function, *args, **kwargs)
+    return compiled
 
 
 def _has_kernel(part: TensorFormat | None, block: int) -> bool:

@@ -8,11 +8,12 @@ seed. The kernels are the same ones, so captured and plain steps agree, but for 
 weights in one launch (`qpipe.compress.dense`), and clips and takes AdamW's step in one (`qpipe.triton_adamw`; where
 weights are kept in bfloat16 it stays with torch's).
 
-Blocks are compiled where that makes steps faster: where a representation leaves chains of elementwise operations, or
-where launches are not captured. What dense models and QuEST's quantizer need is in kernels of our own, and then a
-compiler would add nothing but its own time, 4 to 7 seconds before the first step.
+In a captured step only what represents weights and activations is compiled, and only where it is no kernel of our own:
+dense models and QuEST's formats compile nothing. Blocks are otherwise matrix products and such kernels, for which a
+compiler would add little but its own time before the first step. Where launches are not captured whole blocks are
+compiled.
 
-QPIPE_COMPILE=0 and QPIPE_CAPTURE=0 turn compiling and capturing off, to look for trouble, QPIPE_COMPILE=1 compiles all.
+QPIPE_COMPILE=0 and QPIPE_CAPTURE=0 turn compiling and capturing off, to look for trouble.
 """
 
 import os
@@ -23,7 +24,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from qpipe.accounting import linear_shapes
 from qpipe.compress import CompressedLinear
 from qpipe.compress.dense import rounded_together
 from qpipe.errors import QpipeError
@@ -91,7 +91,7 @@ class TrainingStep:
         self.device = next(model.parameters()).device
         on_gpu = self.device.type == "cuda"
         self.capturing = single and on_gpu and switched_on("QPIPE_CAPTURE", on_gpu)
-        self.compiling = switched_on("QPIPE_COMPILE", on_gpu and not (self.capturing and is_all_kernels(run)))
+        self.compiling = switched_on("QPIPE_COMPILE", on_gpu)
         self.taken = 0
         self._optimizer: ReplayedAdamW | None = None
         self._update: CapturedAdamW | None = None
@@ -147,6 +147,11 @@ class TrainingStep:
             return
         with torch.no_grad():  # what the first pass finds (trained scales, tables of levels) is not to be compiled
             self.model.hidden(tokens[: self.micro_batch, :-1].long())
+        if self.capturing:
+            for layer in self.model.blocks.modules():
+                if isinstance(layer, CompressedLinear):
+                    layer.compile(dynamic=False)  # layers of a shape share what is compiled
+            return
         self.model.norm.compile(dynamic=False)
         for block in self.model.blocks:
             if is_sharded(block):  # gathering its weights stays outside
@@ -198,20 +203,6 @@ def switched_on(name: str, default: bool) -> bool:
     if word not in ("", "0", "1"):
         raise QpipeError(f"{name}={word}: use 0 or 1, or leave it out")
     return default if word == "" else word == "1"
-
-
-def is_all_kernels(run: Run) -> bool:
-    """Whether matrix products and kernels of our own are all that a GPU needs for the blocks of a run."""
-    spec = run.format_spec
-    parts = [part for part in (spec.weights, spec.activations) if part is not None]
-    if not parts:
-        return spec.is_dense
-    rounded = all(
-        part.rotates_and_rounds(spec.hadamard_block(inputs))
-        for part in parts
-        for _, inputs, _ in linear_shapes(run.shape)
-    )
-    return rounded and run.training.precision == "bf16" and run.training.parameters == "fp32"
 
 
 def make_optimizer(model: nn.Module, training: Training) -> ReplayedAdamW:
