@@ -65,7 +65,7 @@ def test_captured_steps_equal_plain_steps(name: str, monkeypatch: pytest.MonkeyP
     # themselves after each step moved losses by up to 0.3% and norms by up to 3% where activations are rounded.
     spec = resolve(name)
     rounded = spec.activations is not None or (spec.weights is not None and spec.weights.grid is not None)
-    assert_alike(captured, plain, *((1e-2, 2e-1) if rounded else (1e-3, 1e-3)))
+    assert_alike(captured, plain, *((2e-2, 2e-1) if rounded else (1e-3, 1e-3)))
 
 
 @on_gpu
