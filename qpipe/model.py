@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from qpipe.attention import causal_attention, rotary_tables
 from qpipe.compress import CompressedLinear, make_linear
+from qpipe.compress.dense import DenseLinear
 from qpipe.cross_entropy import chunk_rows, linear_cross_entropy
 from qpipe.formats import Representation
 from qpipe.recipe import ModelShape
@@ -65,7 +66,7 @@ class Decoder(nn.Module):
         self.embedding = Embedding(shape.vocab_size, shape.width, device=device)
         self.blocks = nn.ModuleList(Block(shape, representation, device) for _ in range(shape.layers))
         self.norm = nn.RMSNorm(shape.width, shape.norm_epsilon, device=device)
-        self.head = nn.Linear(shape.width, shape.vocab_size, bias=False, device=device)
+        self.head = DenseLinear(shape.width, shape.vocab_size, bias=False, device=device)
         if shape.tied_embeddings:
             self.head.weight = self.embedding.weight
         # Not part of the weights: recomputed from the shape wherever the model is built.
@@ -129,7 +130,7 @@ class Decoder(nn.Module):
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Return the mean cross-entropy (nats/token, scalar) with its gradient."""
         hidden = self.hidden(tokens_BT).flatten(0, 1)
-        return linear_cross_entropy(hidden, self.head.weight, targets_BT.flatten())
+        return linear_cross_entropy(hidden, self.head.weight, targets_BT.flatten(), self.head.rounded)
 
     @torch.no_grad()
     def token_losses(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:

@@ -6,7 +6,8 @@
 
 (Loshchilov and Hutter, 1711.05101, in torch's order of operations, with torch's clipping.) The library scales all
 gradients in one pass, writing them back, and updates in a second one, cut into pieces so large that a small model fills
-a fraction of the GPU. Here gradients are scaled as they are read, and each program updates `_NUMBERS` neighbours.
+a fraction of the GPU. Here gradients are scaled as they are read, and each program updates `_NUMBERS` neighbours. Where
+products read a weight in 16 bits, that copy is written with the weight.
 
 A program learns from its row of a table where its numbers lie. Gradients get their addresses while the step is
 captured, and nothing can be copied to the device then; so the table is allocated before, read by the captured launch,
@@ -17,6 +18,7 @@ corrections, where 1 - beta^t loses digits. Imported only where there is a GPU.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -31,8 +33,9 @@ _NUMBERS = 2048
 
 _WARPS = 4
 
-_COLUMNS: tl.constexpr = tl.constexpr(6)
-"""Of the table: addresses of parameter, gradient, first and second moment and count of steps; how many numbers."""
+_COLUMNS: tl.constexpr = tl.constexpr(7)
+"""Of the table: addresses of parameter, gradient, first and second moment and count of steps; how many numbers; address
+of a 16-bit copy, 0 where there is none."""
 
 _ALIGNMENT = 16
 """Bytes that a thread reads at once; torch allocates at multiples of 512."""
@@ -40,7 +43,7 @@ _ALIGNMENT = 16
 
 @triton.jit
 def _update(  # type: ignore[no-untyped-def]
-    parameter, gradient, first, second, place, inside, coefficient, decay, rate, root,
+    parameter, gradient, first, second, copy, has_copy, place, inside, coefficient, decay, rate, root,
     beta1: tl.constexpr, beta2: tl.constexpr, epsilon: tl.constexpr,
 ):  # fmt: skip
     g = tl.load(gradient + place, mask=inside) * coefficient
@@ -52,13 +55,15 @@ def _update(  # type: ignore[no-untyped-def]
     tl.store(parameter + place, p, mask=inside)
     tl.store(first + place, m, mask=inside)
     tl.store(second + place, v, mask=inside)
+    if has_copy:
+        tl.store(copy + place, p.to(copy.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _adamw(  # type: ignore[no-untyped-def]
     table, decays, learning_rate, norm,
     max_norm: tl.constexpr, beta1: tl.constexpr, beta2: tl.constexpr, log_beta1: tl.constexpr, log_beta2: tl.constexpr,
-    epsilon: tl.constexpr, numbers: tl.constexpr,
+    epsilon: tl.constexpr, numbers: tl.constexpr, copies: tl.constexpr,
 ):  # fmt: skip
     row = table + tl.program_id(0).to(tl.int64) * _COLUMNS
     count = tl.load(row + 5)
@@ -67,6 +72,8 @@ def _adamw(  # type: ignore[no-untyped-def]
         gradient = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(tl.float32)), 16)
         first = tl.multiple_of(tl.load(row + 2).to(tl.pointer_type(tl.float32)), 16)
         second = tl.multiple_of(tl.load(row + 3).to(tl.pointer_type(tl.float32)), 16)
+        address = tl.load(row + 6)
+        copy = tl.multiple_of(address.to(tl.pointer_type(copies)), 16)
         step = tl.load(tl.load(row + 4).to(tl.pointer_type(tl.float32))).to(tl.float64)
         rate = tl.load(learning_rate)
         decay = rate * tl.load(decays + tl.program_id(0))
@@ -77,13 +84,27 @@ def _adamw(  # type: ignore[no-untyped-def]
         place = tl.arange(0, numbers)
         if count == numbers:  # without a mask, so that threads read 16 bytes at once
             _update(
-                parameter, gradient, first, second, place, None, coefficient, decay, rate, root, beta1, beta2, epsilon
-            )
-        else:
-            _update(
-                parameter, gradient, first, second, place, place < count, coefficient, decay, rate, root,
+                parameter, gradient, first, second, copy, address != 0, place, None, coefficient, decay, rate, root,
                 beta1, beta2, epsilon,
             )  # fmt: skip
+        else:
+            _update(
+                parameter, gradient, first, second, copy, address != 0, place, place < count, coefficient, decay, rate,
+                root, beta1, beta2, epsilon,
+            )  # fmt: skip
+
+
+@triton.jit
+def _squares(table, sums, numbers: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = table + tl.program_id(0).to(tl.int64) * _COLUMNS
+    count = tl.load(row + 5)
+    gradient = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(tl.float32)), 16)
+    place = tl.arange(0, numbers)
+    if count == numbers:  # noqa: SIM108 - a branch of the kernel, not a choice of numbers
+        g = tl.load(gradient + place)
+    else:
+        g = tl.load(gradient + place, mask=place < count, other=0.0)
+    tl.store(sums + tl.program_id(0), tl.sum(g * g))
 
 
 def fits(optimizer: torch.optim.AdamW) -> bool:
@@ -111,20 +132,27 @@ class CapturedAdamW:
         AdamW that `fits`, with the state of every parameter that gets gradients.
     max_norm
         Gradients are scaled down where their norm is larger.
+    copies
+        Copies of parameters in one 16-bit type, which each step writes anew.
     """
 
-    def __init__(self, optimizer: torch.optim.AdamW, max_norm: float) -> None:
-        self.optimizer, self.max_norm = optimizer, max_norm
+    def __init__(
+        self, optimizer: torch.optim.AdamW, max_norm: float, copies: Mapping[Tensor, Tensor] | None = None
+    ) -> None:
+        self.optimizer, self.max_norm, self._copies = optimizer, max_norm, copies or {}
+        half = any(copy.dtype == torch.float16 for copy in self._copies.values())
+        self._copies_type = tl.float16 if half else tl.bfloat16
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self._programs = sum(triton.cdiv(parameter.numel(), _NUMBERS) for parameter in parameters)
         device = parameters[0].device
         self._table = torch.zeros(self._programs, _COLUMNS.value, dtype=torch.int64, device=device)
         self._decays = torch.zeros(self._programs, device=device)
         self._updated: list[tuple[Tensor, Tensor, dict[str, Tensor], float]] = []
-        self._run(torch.ones((), device=device))  # no work yet: loads the kernel, which a capture does not allow
+        self._sums = torch.zeros(self._programs, device=device)
+        self._run(self._total_norm())  # no work yet: loads the kernels, which a capture does not allow
 
-    def launch(self, norm: Tensor) -> None:
-        """Count a step and update every parameter that has a gradient, the norm () of all gradients being `norm`.
+    def launch(self) -> Tensor:
+        """Count a step and update every parameter that has a gradient; return the norm () of all gradients.
 
         Raises
         ------
@@ -133,7 +161,9 @@ class CapturedAdamW:
         """
         self._collect()
         torch._foreach_add_([state["step"] for _, _, state, _ in self._updated], 1)
+        norm = self._total_norm()
         self._run(norm)
+        return norm
 
     def fill(self) -> None:
         """Write the table of what was launched."""
@@ -143,7 +173,10 @@ class CapturedAdamW:
             arrays = (parameter, gradient, state["exp_avg"], state["exp_avg_sq"])
             addresses = [array.data_ptr() + starts * array.element_size() for array in arrays]
             step = torch.full_like(starts, state["step"].data_ptr())
-            rows.append(torch.stack([*addresses, step, (parameter.numel() - starts).clamp(max=_NUMBERS)], dim=1))
+            copy = torch.zeros_like(starts)
+            if parameter in self._copies:
+                copy = self._copies[parameter].data_ptr() + 2 * starts
+            rows.append(torch.stack([*addresses, step, (parameter.numel() - starts).clamp(max=_NUMBERS), copy], dim=1))
             decays.append(torch.full((len(starts),), decay))
         used = sum(len(part) for part in rows)
         self._table[:used].copy_(torch.cat(rows))
@@ -165,13 +198,17 @@ class CapturedAdamW:
                 )
                 self._updated.append((parameter, gradient, state, group["weight_decay"]))
 
+    def _total_norm(self) -> Tensor:
+        _squares[(self._programs,)](self._table, self._sums, numbers=_NUMBERS, num_warps=_WARPS)
+        return self._sums.sum().sqrt()
+
     def _run(self, norm: Tensor) -> None:
         group: dict[str, Any] = self.optimizer.param_groups[0]
         beta1, beta2 = group["betas"]
         _adamw[(self._programs,)](
             self._table, self._decays, group["lr"], norm,
             max_norm=self.max_norm, beta1=beta1, beta2=beta2, log_beta1=_log(beta1), log_beta2=_log(beta2),
-            epsilon=group["eps"], numbers=_NUMBERS, num_warps=_WARPS,
+            epsilon=group["eps"], numbers=_NUMBERS, copies=self._copies_type, num_warps=_WARPS,
         )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch._dynamo.testing import CompileCounter
+from torch._dynamo.testing import CompileCounterWithBackend
 from training_cases import make_store, markov_tokens, small_run, small_shape
 
 from qpipe.cli import export
@@ -171,21 +171,28 @@ def test_compiled_training_step_equals_the_eager_one(name: str):
         torch.testing.assert_close(parameter.grad, gradients[parameter_name], rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["2:4", "mxfp4", "w2-lsq"])
-def test_layer_that_compiles_its_parts_equals_the_plain_one_and_is_evaluated_plainly(name: str):
-    counter, x, incoming = CompileCounter(), torch.randn(5, 128), torch.randn(5, 64)
-    plain, layer = (make_linear(128, 64, resolve(name)) for _ in range(2))
-    plain(x)  # finds trained scales
-    layer.load_state_dict(plain.state_dict())
-    layer.compile(backend=counter)
-    assert torch.equal(layer.eval()(x), plain.eval()(x))
-    assert counter.frame_count == 0
-    gradients = []
-    for module in (plain.train(), layer.train()):
-        leaf = x.clone().requires_grad_()
-        result = module(leaf)
-        result.backward(incoming)
-        gradients.append((result, leaf.grad, module.weight.grad))
-    assert counter.frame_count == 1 + (resolve(name).activations is not None)
-    for found, expected in zip(*gradients, strict=True):
-        assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("name", ["2:4", "mxfp4", "w2-lsq", "s50-gradual", "nvfp4", "s75-rbbm", "noise2"])
+def test_layers_that_compile_their_parts_equal_plain_ones_and_are_evaluated_plainly(name: str):
+    counter, rounds_inputs = CompileCounterWithBackend("aot_eager"), resolve(name).activations is not None
+    for number, (inputs, outputs) in enumerate([(256, 64), (384, 96), (512, 160)]):
+        x, incoming = torch.randn(5, inputs), torch.randn(5, outputs)
+        plain, layer = (make_linear(inputs, outputs, resolve(name)) for _ in range(2))
+        plain(x)  # finds trained scales
+        layer.load_state_dict(plain.state_dict())
+        for module in (plain, layer):
+            module.set_progress(0.7)
+        layer.compile(backend=counter)
+        compiled = counter.frame_count
+        if "noise" not in name:
+            assert torch.equal(layer.eval()(x), plain.eval()(x))
+        assert counter.frame_count == compiled
+        gradients = []
+        for module in (plain.train(), layer.train()):
+            leaf = x.clone().requires_grad_()
+            torch.manual_seed(number)
+            result = module(leaf)
+            result.backward(incoming)
+            gradients.append((result, leaf.grad, *(parameter.grad for parameter in module.parameters())))
+        for found, expected in zip(*gradients, strict=True):
+            assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
+        assert counter.frame_count == 1 + rounds_inputs * (number + 1)  # weights of other shapes compile nothing anew

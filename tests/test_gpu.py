@@ -146,12 +146,14 @@ def test_captured_adamw(clip: float):
         optimizer.step()
         optimizer.zero_grad()
     assert fits(found)
-    update, graph = CapturedAdamW(found, clip), torch.cuda.CUDAGraph()
+    first = vectors_of(found)[0]
+    copy = first.detach().bfloat16()
+    update, graph = CapturedAdamW(found, clip, {first: copy}), torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         gradients = [None if n == silent else gradient * 1.0 for n, gradient in enumerate(incoming)]
         for vector, gradient in zip(vectors_of(found), gradients, strict=True):
             vector.grad = gradient
-        update.launch(torch.nn.utils.get_total_norm([g for g in gradients if g is not None]))
+        norm = update.launch()
     update.fill()
     for step in range(5):
         rate = 0.01 * (step + 1)
@@ -162,9 +164,11 @@ def test_captured_adamw(clip: float):
         for group in exact.param_groups:
             group["lr"] = rate
         found.param_groups[0]["lr"].fill_(rate)
-        torch.nn.utils.clip_grad_norm_(vectors_of(exact), clip)
+        expected_norm = torch.nn.utils.clip_grad_norm_(vectors_of(exact), clip)
         exact.step()
         graph.replay()
+        assert norm.item() == pytest.approx(expected_norm.item(), rel=1e-5)
+        assert torch.equal(copy, vectors_of(found)[0].bfloat16())
     for number, (vector, reference) in enumerate(zip(vectors_of(found), vectors_of(exact), strict=True)):
         assert torch.allclose(vector.detach().cpu().double(), reference.detach(), rtol=1e-5, atol=1e-5)
         if number != silent:
@@ -196,7 +200,7 @@ def test_captured_adamw_spreads_what_is_not_finite_as_torch_does(poison: float):
     plain.step()
     update, graph = CapturedAdamW(captured, 1.0), torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        update.launch(torch.nn.utils.get_total_norm([vector.grad for vector in vectors_of(captured)]))
+        update.launch()
     update.fill()
     graph.replay()
     for one, two in zip(vectors_of(plain), vectors_of(captured), strict=True):
@@ -225,7 +229,7 @@ def test_captured_adamw_reads_gradients_that_lie_otherwise():
     reference.step()
     update, graph = CapturedAdamW(optimizer, 1.0), torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        update.launch(torch.nn.utils.get_total_norm(gradients))
+        update.launch()
     update.fill()
     graph.replay()
     for weight, double in zip(weights, exact, strict=True):
@@ -244,7 +248,7 @@ def test_captured_adamw_wants_float32_and_state():
     for vector in vectors_of(optimizer):
         vector.grad = torch.ones_like(vector)
     with pytest.raises(QpipeError, match="first gradient"):
-        update.launch(torch.ones((), device="cuda"))
+        update.launch()
 
 
 @on_gpu

@@ -225,6 +225,39 @@ def test_rotated_and_rounded_weights(rows: int, width: int, block: int, back: bo
 
 
 @on_gpu
+@pytest.mark.parametrize(("block", "shapes"), [(32, [(70, 64), (33, 96), (5, 32)]), (128, [(70, 256), (130, 128)])])
+@pytest.mark.parametrize("back", [False, True])
+def test_weights_rounded_together_and_their_gradients(block: int, shapes: list[tuple[int, int]], back: bool):
+    from qpipe.compress.triton_weights import RoundedWeights
+
+    part = resolve("w3").weights
+    assert part is not None
+    multiplier, top = prepare(part).multiplier, 4.0
+    torch.manual_seed(0)
+    weights = [torch.nn.Parameter(torch.randn(shape, device="cuda")) for shape in shapes]
+    incoming = [torch.randn_like(weight) for weight in weights]
+    together = RoundedWeights(weights, block, (multiplier, top, back), torch.float16)
+    for weight, gradient in zip(weights, incoming, strict=True):
+        weight.grad = gradient.clone()
+    together.fill()
+    together.round()
+    together.finish()
+    for weight, copy, given in zip(weights, together.copies, incoming, strict=True):
+        number = weight.detach().cpu()
+        scale = number.double().square().mean(-1, keepdim=True).sqrt() * multiplier
+        y = exactly_rotated(number, block) / scale
+        expected = (y.floor().clamp(-top, top - 1) + 0.5) * scale
+        gradient = exactly_rotated(given.cpu(), block) if back else given.cpu().double()
+        gradient = exactly_rotated(gradient * (y.abs() <= top), block)
+        if back:
+            expected = exactly_rotated(expected, block)
+        # One weight in 10^5 may be so near a border that sums in another order decide.
+        assert ((copy.cpu().double() - expected).abs() > 3e-3).double().mean() < 2 * block * 1e-5
+        assert weight.grad is not None
+        assert (weight.grad.cpu().double() - gradient).norm() < 1e-3 * gradient.norm()
+
+
+@on_gpu
 @pytest.mark.parametrize("factor", [1.0, 0.25])
 def test_the_head_is_told_by_what_its_loss_is_multiplied(factor: float):
     torch.manual_seed(0)

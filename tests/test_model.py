@@ -218,7 +218,7 @@ def test_all_representations_start_from_the_same_weights(representation: str) ->
 def test_embedding_head_and_norms_stay_in_high_precision() -> None:
     decoder = Decoder(small_shape(), resolve("w4a4"))
     kinds = {name: type(module).__name__ for name, module in decoder.named_modules()}
-    assert (kinds["embedding"], kinds["head"], kinds["norm"]) == ("Embedding", "Linear", "RMSNorm")
+    assert (kinds["embedding"], kinds["head"], kinds["norm"]) == ("Embedding", "DenseLinear", "RMSNorm")
     compressed = {name.split(".", 2)[2] for name, kind in kinds.items() if kind == "CompressedLinear"}
     assert compressed == {name for name, _, _ in linear_shapes(decoder.shape)}
 

@@ -2,11 +2,9 @@
 
 Under autocast a float32 weight is rounded to 16 bits for the product. Autograd then forms the gradient of the rounded
 copy, in 16 bits, and converts that. A matrix product sums in float32 anyway: written out as it is, it loses nothing,
-and nothing has to be read again. A captured step rounds the weights of all layers in one launch.
+and nothing has to be read again.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,7 +16,7 @@ class DenseLinear(nn.Linear):
     """`nn.Linear` with the same numbers, but for a gradient of the weight that is not rounded to 16 bits."""
 
     rounded: Tensor | None = None
-    """The weight in 16 bits, while `rounded_together`."""
+    """The weight in 16 bits, while all weights are represented together."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features)."""
@@ -27,8 +25,13 @@ class DenseLinear(nn.Linear):
         if not input.is_cuda or not rounded or self.bias is not None or torch.compiler.is_compiling():
             return super().forward(input)
         copy = self.weight.detach().to(dtype) if self.rounded is None else self.rounded
-        product: Tensor = _Product.apply(input, self.weight, copy)
-        return product
+        return product_with(input, self.weight, copy)
+
+
+def product_with(x: Tensor, weight: Tensor, rounded: Tensor) -> Tensor:
+    """Return x rounded^T, (..., I), (O, I) -> (..., O); gradients of the copy become the weight's, in float32."""
+    product: Tensor = _Product.apply(x, weight, rounded)
+    return product
 
 
 class _Product(torch.autograd.Function):
@@ -48,24 +51,6 @@ class _Product(torch.autograd.Function):
         if ctx.needs_input_grad[1]:  # post-training methods ask for those of features alone
             to_weight = torch.mm(gradient.flatten(0, -2).T, x.flatten(0, -2), out_dtype=torch.float32)
         return (gradient @ rounded).to(ctx.dtype), to_weight, None
-
-
-@contextmanager
-def rounded_together(model: nn.Module) -> Iterator[None]:
-    """Let the dense layers of a model on a GPU share one launch that rounds their weights, which must not change."""
-    layers = [module for module in model.modules() if isinstance(module, DenseLinear)]
-    if layers and torch.is_autocast_enabled("cuda") and layers[0].weight.dtype == torch.float32:
-        dtype = torch.get_autocast_dtype("cuda")
-        copies = [torch.empty_like(layer.weight, dtype=dtype) for layer in layers]
-        with torch.no_grad():
-            torch._foreach_copy_(copies, [layer.weight for layer in layers])
-        for layer, copy in zip(layers, copies, strict=True):
-            layer.rounded = copy
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.rounded = None
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

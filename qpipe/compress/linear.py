@@ -9,6 +9,7 @@ only the weights are compressed the inverse is folded into them, W' = q(W H) H: 
 larger activation tensor.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -19,11 +20,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qpipe.compress.dense import DenseLinear, product_dtype
+from qpipe.compress.dense import DenseLinear, product_dtype, product_with
 from qpipe.compress.gradients import power, power_inverse
 from qpipe.compress.masks import sparsity_at
 from qpipe.compress.packing import pack, unpack
-from qpipe.compress.prepare import prepare
+from qpipe.compress.prepare import Prepared, prepare
 from qpipe.compress.quantize import compress
 from qpipe.compress.rotation import hadamard, rotate
 from qpipe.compress.scales import grouped
@@ -36,8 +37,8 @@ if torch.cuda.is_available():
     from qpipe.compress import triton_rounding
 
 
-_COMPILED_SHAPES = 64
-"""Times that a function is compiled anew in a process before it is left as it is: four per format."""
+_COMPILED_FORMATS = 64
+"""Times that a function is compiled anew in a process, for another format, before it is left as it is."""
 
 
 class CompressedLinear(nn.Module):
@@ -56,6 +57,8 @@ class CompressedLinear(nn.Module):
     weight_scale, activation_scale : trained scales, present only where the representation trains them. They carry
         `is_scale = True`; give them no weight decay.
     reads_mean_square : whether a kernel rounds the inputs, on GPUs and in 16 bits
+    has_weight_kernel : whether a kernel rotates and rounds the weight, on GPUs and for products in 16 bits
+    rounded : the weight as products read it, while all weights are represented together
 
     Raises
     ------
@@ -85,10 +88,9 @@ class CompressedLinear(nn.Module):
         self._weights = prepare(representation.weights) if representation.weights else None
         self._activations = prepare(representation.activations) if representation.activations else None
         self.reads_mean_square = _has_kernel(representation.activations, self.block)
-        self._has_weight_kernel = _has_kernel(representation.weights, self.block)
+        self.has_weight_kernel = _has_kernel(representation.weights, self.block)
+        self.rounded: Tensor | None = None
         self._compiler: Callable[..., Any] | None = None
-        self._compiled_weight: Callable[[torch.dtype], Tensor] | None = None
-        self._compiled_input: Callable[[Tensor], Tensor] | None = None
         mask = self._weights.mask if self._weights else None
         self.kept_share: Tensor | None
         self.register_buffer("kept_share", None)
@@ -139,47 +141,50 @@ class CompressedLinear(nn.Module):
         if not self.scales_ready:
             self._start_scales(x)
         x = self._represent_input(x, mean_square)
+        if self.rounded is not None:
+            return product_with(x, self.weight, self.rounded)
         return functional.linear(x, self._product_weight(x), self.bias)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile what represents weights and inputs where no kernel of our own does; arguments of `torch.compile`.
 
-        The rest is a matrix product. In evaluation nothing is compiled: it would be compiled once more for it. The
-        compiler takes seconds to import, so nothing happens before it is needed.
+        The rest is a matrix product. What is compiled for weights serves layers of all shapes: once per shape would
+        take longer. In evaluation nothing is compiled: it would be compiled once more for it. The compiler
+        takes seconds to import, so nothing happens before it is needed.
         """
-        self._compiler = lambda function: _compiled(function, *args, **kwargs)
+        self._compiler = functools.cache(lambda function: _compiled(function, *args, dynamic=False, **kwargs))
 
     def _product_weight(self, x: Tensor) -> Tensor:
         """The weight that multiplies the represented input `x`: in its dtype, and in its basis."""
-        dtype = product_dtype(x) if x.is_cuda and self._has_weight_kernel else x.dtype
-        if x.is_cuda and self._has_weight_kernel and dtype.itemsize == 2 and self.weight.dtype == torch.float32:
-            assert self._weights is not None
+        dtype = product_dtype(x) if x.is_cuda and self.has_weight_kernel else x.dtype
+        if x.is_cuda and self.has_weight_kernel and dtype.itemsize == 2 and self.weight.dtype == torch.float32:
+            matrix, (multiplier, top, back) = hadamard(self.block, x.device, torch.float32), self.rounding
             rounded: Tensor = triton_rounding.RotateAndRound.apply(
-                self.weight,
-                hadamard(self.block, x.device, torch.float32),
-                self._weights.multiplier,
-                self._weights.high + self._weights.radius,
-                None,
-                dtype,
-                self._activations is None,
+                self.weight, matrix, multiplier, top, None, dtype, back
             )
             return rounded
-        if self.training and self._compiler is not None:
-            self._compiled_weight = self._compiled_weight or self._compiler(self._weight_in_dtype)
-            return self._compiled_weight(dtype)
         return self._weight_in_dtype(dtype)
 
+    @property
+    def rounding(self) -> tuple[float, float, bool]:
+        """What the kernel does to the weight: multiplier, top and whether it rotates back (`RotateAndRound`)."""
+        assert self._weights is not None
+        return self._weights.multiplier, self._weights.high + self._weights.radius, self._activations is None
+
     def _weight_in_dtype(self, dtype: torch.dtype) -> Tensor:
-        with _full_precision(self.weight.device):
-            weight = self._represent_weight()
-            if self._activations is None:
-                weight = rotate(weight, self.block)
-            return weight.to(dtype)
+        back, tensors = self._activations is None, (self.weight, self.weight_scale, self.kept_share)
+        if not self.training or self._compiler is None:
+            return _represented_weight(*tensors, self._weights, self.block, back, dtype, self.training)
+        # The compiler takes the shapes of parameters as fixed: it is given views.
+        views = [None if tensor is None else _of_any_shape(tensor.view_as(tensor)) for tensor in tensors]
+        result: Tensor = self._compiler(_represented_weight)(*views, self._weights, self.block, back, dtype, True)
+        return result
 
     def compressed_weight(self) -> Tensor:
         """The dequantized weight as used, shape (out_features, in_features), in the unrotated input basis."""
-        with torch.no_grad(), _full_precision(self.weight.device):
-            return rotate(self._represent_weight(), self.block)
+        with torch.no_grad():
+            tensors = self.weight, self.weight_scale, self.kept_share
+            return _represented_weight(*tensors, self._weights, self.block, True, self.weight.dtype, self.training)
 
     def pack(self) -> dict[str, Tensor]:
         """The compressed weight as packed bits (see `qpipe.compress.packing`)."""
@@ -188,29 +193,12 @@ class CompressedLinear(nn.Module):
                 f"representation '{self.representation.name}' keeps its weights in 16 bits: nothing to pack"
             )
         with torch.no_grad(), _full_precision(self.weight.device):
-            return pack(self._rotated_weight(), self._weights, self.weight_scale)
+            return pack(_rotated(self.weight, self._weights, self.block), self._weights, self.weight_scale)
 
     def unpack(self, packed: Mapping[str, Tensor]) -> Tensor:
         """What `compressed_weight` was when `packed` was made, shape (out_features, in_features), float32."""
         assert self._weights is not None
         return rotate(unpack(packed, self._weights, (self.out_features, self.in_features)), self.block)
-
-    def _rotated_weight(self) -> Tensor:
-        stored = self.weight if self._weights is None else power(self.weight, self._weights.part.power)
-        return rotate(stored, self.block)
-
-    def _represent_weight(self) -> Tensor:
-        """Weight in the rotated basis."""
-        if self._weights is None:
-            return self._rotated_weight()
-        return compress(
-            self._rotated_weight(),
-            self._weights,
-            scale=self.weight_scale,
-            scale_count=self.weight.numel(),
-            kept_share=self.kept_share,
-            training=self.training,
-        )
 
     def _represent_input(self, x: Tensor, mean_square: Tensor | None) -> Tensor:
         if self._activations is None:
@@ -221,21 +209,9 @@ class CompressedLinear(nn.Module):
                 x.to(dtype), matrix, self._activations.multiplier, top, mean_square, dtype
             )
             return rounded
-        if self.training and self._compiler is not None:
-            self._compiled_input = self._compiled_input or self._compiler(self._compressed_input)
-            return self._compiled_input(x)
-        return self._compressed_input(x)
-
-    def _compressed_input(self, x: Tensor) -> Tensor:
-        assert self._activations is not None
-        return compress(
-            rotate(x, self.block),
-            self._activations,
-            scale=self.activation_scale,
-            scale_count=self.in_features,
-            per_token=True,
-            training=self.training,
-        )
+        represent = self._compiler(_represented_input) if self.training and self._compiler else _represented_input
+        result: Tensor = represent(x, self.activation_scale, self._activations, self.block, self.training)
+        return result
 
     @torch.no_grad()
     @torch.compiler.disable
@@ -243,7 +219,7 @@ class CompressedLinear(nn.Module):
         """Set trained scales from the weights and from the first batch."""
         with _full_precision(x.device):
             if self.weight_scale is not None and self._weights is not None:
-                groups = grouped(self._rotated_weight(), self._weights.part.group)
+                groups = grouped(_rotated(self.weight, self._weights, self.block), self._weights.part.group)
                 self.weight_scale.copy_(starting_scale(groups, self._weights))
             if self.activation_scale is not None and self._activations is not None:
                 groups = grouped(rotate(x.float(), self.block), self._activations.part.group)
@@ -262,11 +238,49 @@ class CompressedLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, {self.representation.name}, bias={self.bias is not None}"
 
 
+def _rotated(weight: Tensor, prepared: Prepared | None, block: int) -> Tensor:
+    return rotate(weight if prepared is None else power(weight, prepared.part.power), block)
+
+
+def _represented_weight(
+    weight: Tensor,
+    scale: Tensor | None,
+    kept_share: Tensor | None,
+    prepared: Prepared | None,
+    block: int,
+    back: bool,
+    dtype: torch.dtype,
+    training: bool,
+) -> Tensor:
+    """A layer's weight (out_features, in_features) as products read it, in the rotated basis or rotated `back`."""
+    with _full_precision(weight.device):
+        result = _rotated(weight, prepared, block)
+        if prepared is not None:
+            count = weight.numel()
+            result = compress(
+                result, prepared, scale=scale, scale_count=count, kept_share=kept_share, training=training
+            )
+        return (rotate(result, block) if back else result).to(dtype)
+
+
+def _represented_input(x: Tensor, scale: Tensor | None, prepared: Prepared, block: int, training: bool) -> Tensor:
+    """A layer's input (..., in_features) as products read it."""
+    count = x.shape[-1]
+    return compress(rotate(x, block), prepared, scale=scale, scale_count=count, per_token=True, training=training)
+
+
+def _of_any_shape(tensor: Tensor) -> Tensor:
+    """Tell the compiler that other tensors in this place have other shapes."""
+    for dimension in range(tensor.ndim):
+        torch._dynamo.maybe_mark_dynamic(tensor, dimension)
+    return tensor
+
+
 def _compiled(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Callable[..., Tensor]:
     """`torch.compile` for a process that trains many runs, with several shapes each, one after the other."""
     import torch._dynamo.config
 
-    torch._dynamo.config.recompile_limit = _COMPILED_SHAPES
+    torch._dynamo.config.recompile_limit = _COMPILED_FORMATS
     compiled: Callable[..., Tensor] = torch.compile(function, *args, **kwargs)
     return compiled
 

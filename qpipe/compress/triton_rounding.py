@@ -23,8 +23,8 @@ from torch import Tensor
 
 from qpipe.triton_kernels import row_tiles
 
-_BITS = 16
-"""Numbers whose gates make a word; divides every block."""
+BITS = 16
+"""Numbers whose gates make a word: one of every so many neighbours, so that they lie in one thread after a product."""
 
 _TILE, _WARPS, _STAGES = 64, 4, 3
 """Rows of activations that a program rounds, its warps, and blocks on their way from memory at a time."""
@@ -40,35 +40,99 @@ _MEAN_NUMBERS, _MEAN_PER_WARP = 2048, 512
 
 
 @triton.jit
-def _rotated(numbers, matrix, root: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return numbers H: with 16 bits, of H itself; in float32, of its signs, whose product is divided by the root."""
+def _product(numbers, matrix):  # type: ignore[no-untyped-def]
+    """Return numbers H: with 16 bits, of H itself; in float32, of its signs."""
     if numbers.dtype == tl.float32:
         high = numbers.to(tl.bfloat16)
         rest = numbers - high.to(tl.float32)
         middle = rest.to(tl.bfloat16)
         low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-        product = tl.dot(high, matrix, tl.dot(middle, matrix, tl.dot(low, matrix))) * root
+        product = tl.dot(high, matrix, tl.dot(middle, matrix, tl.dot(low, matrix)))
     else:
         product = tl.dot(numbers, matrix)
     return product
 
 
 @triton.jit
-def _floor(y):  # type: ignore[no-untyped-def]
-    """Return the largest integers up to |y| < 2^22: adding 1.5 * 2^23 rounded down leaves no fraction.
-
-    An instruction for it there is, too, at an eighth of the rate of sums.
-    """
-    down = tl.inline_asm_elementwise("add.rm.f32 $0, $1, 0f4B400000;", "=f,f", [y], tl.float32, is_pure=True, pack=1)
-    return down - 12582912.0
+def _rotated(numbers, matrix, root: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return numbers H; the signs of H are H times the root of its size."""
+    product = _product(numbers, matrix)
+    return product * root if numbers.dtype == tl.float32 else product
 
 
 @triton.jit
-def _load_matrix(hadamard, block: tl.constexpr):  # type: ignore[no-untyped-def]
+def _floor_of_product(x, y):  # type: ignore[no-untyped-def]
+    """Return 1.5 * 2^23 + the largest integers up to x y, |x y| < 2^22.
+
+    One multiplication and addition, rounded down, after which no fraction is left. An instruction that rounds down
+    there is, too, at an eighth of the rate of sums.
+    """
+    return tl.inline_asm_elementwise(
+        "fma.rm.f32 $0, $1, $2, 0f4B400000;", "=f,f,f", [x, y], tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def load_matrix(hadamard, block: tl.constexpr, signs: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return H, or its signs in bfloat16."""
     matrix = tl.load(hadamard + tl.arange(0, block)[:, None] * block + tl.arange(0, block)[None, :])
-    if matrix.dtype == tl.float32:
-        matrix = tl.where(matrix > 0, 1.0, -1.0).to(tl.bfloat16)
-    return matrix
+    return tl.where(matrix > 0, 1.0, -1.0).to(tl.bfloat16) if signs else matrix
+
+
+@triton.jit
+def round_blocks(  # type: ignore[no-untyped-def]
+    x, matrix, scale, value, gate, row, inside, first, last, pitch,
+    top: tl.constexpr, block: tl.constexpr, back: tl.constexpr, stages: tl.constexpr, bits: tl.constexpr,
+    root: tl.constexpr,
+):  # fmt: skip
+    """Rotate and round blocks `first` to `last` of rows of `pitch` numbers with a scale each; note the gates."""
+    signs: tl.constexpr = x.dtype.element_ty == tl.float32  # the product is then a root of the block's size too large
+    step = scale / root if signs else scale
+    inverse = tl.where(scale > 0, 1.0 / step, 0.0)
+    limit = step * top
+    whole: tl.constexpr = 12582912.0
+    place = row[:, None] * pitch + tl.arange(0, block)[None, :]
+    words = row[:, None] * (pitch // bits) + tl.arange(0, block // bits)[None, :]
+    for start in tl.range(first, last, block, num_stages=stages):
+        product = _product(tl.load(x + place + start, mask=inside, other=0.0), matrix)
+        level = tl.minimum(tl.maximum(_floor_of_product(product, inverse), whole - top), whole + top - 1.0)
+        rounded = (level - whole) * scale + 0.5 * scale
+        if back:
+            rounded = _rotated(rounded, matrix, root)
+        tl.store(value + place + start, rounded.to(value.dtype.element_ty), mask=inside)
+        passes = tl.reshape(tl.abs(product) <= limit, (row.shape[0], bits, block // bits))
+        word = tl.sum(tl.where(passes, (1 << tl.arange(0, bits))[None, :, None], 0), 1)
+        tl.store(gate + words + start // bits, word.to(gate.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def rotate_gated_blocks(  # type: ignore[no-untyped-def]
+    gradient, matrix, gate, out, row, inside, first, last, pitch,
+    dtype: tl.constexpr, block: tl.constexpr, back: tl.constexpr, stages: tl.constexpr, bits: tl.constexpr,
+    root: tl.constexpr,
+):  # fmt: skip
+    """Rotate back what passes of the gradients of blocks `first` to `last`, in `dtype`; `out` may be `gradient`."""
+    place = row[:, None] * pitch + tl.arange(0, block)[None, :]
+    words = row[:, None] * (pitch // bits) + tl.arange(0, block // bits)[None, :]
+    for start in tl.range(first, last, block, num_stages=stages):
+        numbers = tl.load(gradient + place + start, mask=inside, other=0.0).to(dtype)
+        if back:
+            numbers = _rotated(numbers, matrix, root)
+        word = tl.load(gate + words + start // bits, mask=inside, other=0).to(tl.int32)
+        gates = (word[:, None, :] & (1 << tl.arange(0, bits))[None, :, None]) != 0
+        numbers = tl.where(tl.reshape(gates, (row.shape[0], block)), numbers, 0.0).to(dtype)
+        tl.store(out + place + start, _rotated(numbers, matrix, root).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def mean_of_squares(x, row, inside, width, block: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the mean square of rows of `width` numbers, block by block."""
+    place = row[:, None] * width + tl.arange(0, block)[None, :]
+    squares = tl.zeros((row.shape[0], block), tl.float32)
+    for start in tl.range(0, width, block, num_stages=4):  # three blocks on their way from memory at a time
+        numbers = tl.load(x + place + start, mask=inside, other=0.0).to(tl.float32)
+        squares += numbers * numbers
+    return tl.sum(squares, 1) / width
 
 
 @triton.jit
@@ -77,33 +141,18 @@ def _round_rotated(  # type: ignore[no-untyped-def]
     multiplier: tl.constexpr, top: tl.constexpr, width: tl.constexpr, block: tl.constexpr, tile: tl.constexpr,
     span: tl.constexpr, back: tl.constexpr, stages: tl.constexpr, bits: tl.constexpr, root: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * tile + tl.arange(0, tile)
+    row = (tl.program_id(0) * tile + tl.arange(0, tile)).to(tl.int64)
     inside = (row < rows)[:, None]
-    begin = row.to(tl.int64)[:, None] * width
-    column = tl.arange(0, block)[None, :]
     if mean_square is None:
-        squares = tl.zeros((tile, block), tl.float32)
-        for start in tl.range(0, width, block, num_stages=4):  # three blocks on their way from memory at a time
-            numbers = tl.load(x + begin + column + start, mask=inside, other=0.0).to(tl.float32)
-            squares += numbers * numbers
-        mean = tl.sum(squares, 1) / width
+        mean = mean_of_squares(x, row, inside, width, block)
     else:
         mean = tl.load(mean_square + row, mask=row < rows, other=0.0)
     scale = tl.sqrt(mean)[:, None] * multiplier
-    inverse = tl.where(scale > 0, 1.0 / scale, 0.0)
-    matrix = _load_matrix(hadamard, block)
-    words = row.to(tl.int64)[:, None] * (width // bits) + tl.arange(0, block // bits)[None, :]
+    matrix = load_matrix(hadamard, block, hadamard.dtype.element_ty == tl.float32)
     first = tl.program_id(1) * span
-    for start in tl.range(first, first + span, block, num_stages=stages):
-        numbers = tl.load(x + begin + column + start, mask=inside, other=0.0)
-        y = _rotated(numbers, matrix, root) * inverse
-        rounded = _floor(tl.minimum(tl.maximum(y, -top), top - 0.5)) * scale + 0.5 * scale
-        if back:
-            rounded = _rotated(rounded, matrix, root)
-        tl.store(value + begin + column + start, rounded.to(value.dtype.element_ty), mask=inside)
-        passes = tl.reshape(tl.abs(y) <= top, (tile, block // bits, bits))
-        word = tl.sum(tl.where(passes, (1 << tl.arange(0, bits))[None, None, :], 0), 2)
-        tl.store(gate + words + start // bits, word.to(gate.dtype.element_ty), mask=inside)
+    round_blocks(
+        x, matrix, scale, value, gate, row, inside, first, first + span, width, top, block, back, stages, bits, root
+    )
 
 
 @triton.jit
@@ -112,21 +161,14 @@ def _rotate_gated(  # type: ignore[no-untyped-def]
     width: tl.constexpr, block: tl.constexpr, tile: tl.constexpr, span: tl.constexpr, back: tl.constexpr,
     stages: tl.constexpr, bits: tl.constexpr, root: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * tile + tl.arange(0, tile)
+    row = (tl.program_id(0) * tile + tl.arange(0, tile)).to(tl.int64)
     inside = (row < rows)[:, None]
-    begin = row.to(tl.int64)[:, None] * width
-    column = tl.arange(0, block)[None, :]
-    matrix = _load_matrix(hadamard, block)
-    words = row.to(tl.int64)[:, None] * (width // bits) + tl.arange(0, block // bits)[None, :]
+    dtype: tl.constexpr = hadamard.dtype.element_ty
+    matrix = load_matrix(hadamard, block, dtype == tl.float32)
     first = tl.program_id(1) * span
-    for start in tl.range(first, first + span, block, num_stages=stages):
-        numbers = tl.load(gradient + begin + column + start, mask=inside, other=0.0).to(hadamard.dtype.element_ty)
-        if back:
-            numbers = _rotated(numbers, matrix, root)
-        word = tl.load(gate + words + start // bits, mask=inside, other=0).to(tl.int32)
-        passes = tl.reshape((word[:, :, None] & (1 << tl.arange(0, bits))[None, None, :]) != 0, (tile, block))
-        numbers = tl.where(passes, numbers, 0.0).to(hadamard.dtype.element_ty)
-        tl.store(out + begin + column + start, _rotated(numbers, matrix, root).to(out.dtype.element_ty), mask=inside)
+    rotate_gated_blocks(
+        gradient, matrix, gate, out, row, inside, first, first + span, width, dtype, block, back, stages, bits, root
+    )
 
 
 @triton.jit
@@ -172,7 +214,7 @@ class RotateAndRound(torch.autograd.Function):
         width, block = x.shape[-1], hadamard.shape[0]
         rows = x.numel() // width
         value = torch.empty_like(x, dtype=dtype)
-        gate = torch.empty(*x.shape[:-1], width // _BITS, dtype=torch.int16, device=x.device)
+        gate = torch.empty(*x.shape[:-1], width // BITS, dtype=torch.int16, device=x.device)
         weights = x.dtype == torch.float32
         tile, warps, span = (_WEIGHT_TILE, _WEIGHT_WARPS, block) if weights else (_TILE, _WARPS, width)
         if weights and mean_square is None:  # several programs share a row
@@ -180,7 +222,7 @@ class RotateAndRound(torch.autograd.Function):
         _round_rotated[(triton.cdiv(rows, tile), width // span)](
             x, hadamard, mean_square, value, gate, rows,
             multiplier=multiplier, top=top, width=width, block=block, tile=tile,
-            span=span, back=back, stages=_STAGES, bits=_BITS, root=block**-0.5,
+            span=span, back=back, stages=_STAGES, bits=BITS, root=block**-0.5,
             num_warps=warps,
         )  # fmt: skip
         ctx.save_for_backward(gate, hadamard)
@@ -198,7 +240,7 @@ class RotateAndRound(torch.autograd.Function):
         tile, warps, span = (_WEIGHT_TILE, _WEIGHT_WARPS, block) if weights else (_BACK_TILE, _BACK_WARPS, width)
         _rotate_gated[(triton.cdiv(rows, tile), width // span)](
             gradient, hadamard, gate, out, rows,
-            width=width, block=block, tile=tile, span=span, back=ctx.back, stages=_BACK_STAGES, bits=_BITS,
+            width=width, block=block, tile=tile, span=span, back=ctx.back, stages=_BACK_STAGES, bits=BITS,
             root=block**-0.5, num_warps=warps,
         )  # fmt: skip
         return out, None, None, None, None, None, None

@@ -4,9 +4,9 @@ A small model's step is hundreds of kernels of a few microseconds each, and laun
 running them takes the GPU. So on a single GPU the step is recorded once, after two ordinary steps have compiled and
 allocated everything, and then replayed as one launch (CUDA graph). What changes from step to step reaches the graph
 through tensors in fixed places: the tokens, the learning rate, the share a mask schedule keeps, and the generator's
-seed. The kernels are the same ones, so captured and plain steps agree, but for two: a captured step rounds all dense
-weights in one launch (`qpipe.compress.dense`), and clips and takes AdamW's step in one (`qpipe.triton_adamw`; where
-weights are kept in bfloat16 it stays with torch's).
+seed. The kernels are the same ones, so captured and plain steps agree, but for two: a captured step represents the
+weights of all layers at once (`qpipe.compress.together`), and clips and takes AdamW's step in one launch
+(`qpipe.triton_adamw`; where weights are kept in bfloat16 it stays with torch's).
 
 In a captured step only what represents weights and activations is compiled, and only where it is no kernel of our own:
 dense models and QuEST's formats compile nothing. Blocks are otherwise matrix products and such kernels, for which a
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from qpipe.compress import CompressedLinear
-from qpipe.compress.dense import rounded_together
+from qpipe.compress.together import WeightsTogether
 from qpipe.errors import QpipeError
 from qpipe.model import Decoder
 from qpipe.recipe import Training
@@ -95,6 +95,7 @@ class TrainingStep:
         self.taken = 0
         self._optimizer: ReplayedAdamW | None = None
         self._update: CapturedAdamW | None = None
+        self._weights: WeightsTogether | None = None
         self._tokens = self._loss = self._norm = torch.empty(0)
 
     def __call__(
@@ -138,7 +139,7 @@ class TrainingStep:
         if self._optimizer is not None:
             self._optimizer.graph = None
             self._optimizer.zero_grad()
-        self._optimizer, self._update, self.capturing = None, None, False
+        self._optimizer, self._update, self._weights, self.capturing = None, None, None, False
 
     def _prepare(self, tokens: Tensor, optimizer: ReplayedAdamW) -> None:
         """Make ready on the first step of an attempt."""
@@ -150,7 +151,7 @@ class TrainingStep:
         if self.capturing:
             for layer in self.model.blocks.modules():
                 if isinstance(layer, CompressedLinear):
-                    layer.compile(dynamic=False)  # layers of a shape share what is compiled
+                    layer.compile()  # layers share what is compiled
             return
         self.model.norm.compile(dynamic=False)
         for block in self.model.blocks:
@@ -172,6 +173,8 @@ class TrainingStep:
             loss = self.model.loss(part[:, :-1], part[:, 1:]) * (len(part) / len(tokens))
             backward(loss)
             total += loss.detach()
+        if self._weights is not None:
+            self._weights.finish()
         return total
 
     def _capture(self, tokens: Tensor, optimizer: ReplayedAdamW, backward: Callable[[Tensor], None]) -> None:
@@ -180,18 +183,19 @@ class TrainingStep:
 
         self._tokens = tokens.clone()
         optimizer.zero_grad()
-        if triton_adamw.fits(optimizer):
-            self._update = triton_adamw.CapturedAdamW(optimizer, self.run.training.clip)
+        fits = triton_adamw.fits(optimizer)
+        self._weights = WeightsTogether(self.model, dense=fits)
+        if fits:
+            self._update = triton_adamw.CapturedAdamW(optimizer, self.run.training.clip, self._weights.copies)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph), rounded_together(self.model):
+        with torch.cuda.graph(graph), self._weights.represented():
             if self._update is None:
                 self._loss, self._norm = self._gradients(self._tokens, backward)
                 optimizer.step()
             else:
                 self._loss = self._accumulate(self._tokens, backward)
-                gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-                self._norm = nn.utils.get_total_norm(gradients)
-                self._update.launch(self._norm)
+                self._norm = self._update.launch()
+        self._weights.fill()
         if self._update is not None:
             self._update.fill()
         optimizer.graph, self._optimizer = graph, optimizer
