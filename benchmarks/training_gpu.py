@@ -145,15 +145,19 @@ class RandomSplit:
 
 
 class _Timer(lightning.Callback):
-    def __init__(self, last: int) -> None:
-        self.clock, self.last = Clock(), last
+    """Clock of a run, and how long it waited for data by the step at which the clock begins to count."""
 
-    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+    def __init__(self, last: int) -> None:
+        self.clock, self.last, self.waited_before = Clock(), last, 0.0
+
+    def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
         self.clock.step_done(trainer.global_step, self.last)
+        if trainer.global_step == WARM_STEPS:
+            self.waited_before = module.seconds_waited
 
 
 def time_lightning(run: Run, options: argparse.Namespace) -> tuple[Clock, float]:
-    """Return the clock and the share of time spent waiting for data."""
+    """Return the clock and the share of the time it counts in which the host waited for data."""
     if options.plain:
         os.environ["QPIPE_CAPTURE"] = "0"
     timer = _Timer(options.steps)
@@ -171,7 +175,8 @@ def time_lightning(run: Run, options: argparse.Namespace) -> tuple[Clock, float]
         **OURS,
     )
     trainer.fit(module)
-    return timer.clock, module.seconds_waited / (timer.clock.per_step * options.steps)
+    waited = module.seconds_waited - timer.waited_before
+    return timer.clock, waited / (timer.clock.per_step * (options.steps - WARM_STEPS))
 
 
 def leave_out(names: Sequence[str] = KERNELS) -> None:

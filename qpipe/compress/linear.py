@@ -37,6 +37,9 @@ if torch.cuda.is_available():
     from qpipe.compress import triton_rounding
 
 
+_RUN = 128
+"""Numbers that are compiled as a row where rows do not matter, so that one compiled function serves all widths."""
+
 _COMPILED_FORMATS = 64
 """Times that a function is compiled anew in a process, for another format, before it is left as it is."""
 
@@ -176,9 +179,15 @@ class CompressedLinear(nn.Module):
         if not self.training or self._compiler is None:
             return _represented_weight(*tensors, self._weights, self.block, back, dtype, self.training)
         # The compiler takes the shapes of parameters as fixed: it is given views.
-        views = [None if tensor is None else _of_any_shape(tensor.view_as(tensor)) for tensor in tensors]
-        result: Tensor = self._compiler(_represented_weight)(*views, self._weights, self.block, back, dtype, True)
-        return result
+        weight, *others = [None if tensor is None else tensor.view_as(tensor) for tensor in tensors]
+        assert weight is not None
+        if _cuts_into_runs(self._weights, self.in_features, per_token=False):
+            weight = _with_any(weight.reshape(-1, _RUN), 0)
+        else:
+            weight, others[0] = _with_any(weight, 0, 1), _with_any(others[0], 0, 1)
+        represent = self._compiler(_represented_weight)
+        result: Tensor = represent(weight, *others, self._weights, self.block, back, dtype, True)
+        return result.view_as(self.weight)
 
     def compressed_weight(self) -> Tensor:
         """The dequantized weight as used, shape (out_features, in_features), in the unrotated input basis."""
@@ -209,9 +218,13 @@ class CompressedLinear(nn.Module):
                 x.to(dtype), matrix, self._activations.multiplier, top, mean_square, dtype
             )
             return rounded
-        represent = self._compiler(_represented_input) if self.training and self._compiler else _represented_input
-        result: Tensor = represent(x, self.activation_scale, self._activations, self.block, self.training)
-        return result
+        options = self.activation_scale, self._activations, self.block, self.training
+        if not self.training or self._compiler is None:
+            return _represented_input(x, *options)
+        cut = _cuts_into_runs(self._activations, self.in_features, per_token=True)
+        numbers = _with_any(x.reshape(-1, _RUN), 0) if cut else x
+        result: Tensor = self._compiler(_represented_input)(numbers, *options)
+        return result.view_as(x)
 
     @torch.no_grad()
     @torch.compiler.disable
@@ -269,9 +282,14 @@ def _represented_input(x: Tensor, scale: Tensor | None, prepared: Prepared, bloc
     return compress(rotate(x, block), prepared, scale=scale, scale_count=count, per_token=True, training=training)
 
 
-def _of_any_shape(tensor: Tensor) -> Tensor:
-    """Tell the compiler that other tensors in this place have other shapes."""
-    for dimension in range(tensor.ndim):
+def _cuts_into_runs(prepared: Prepared | None, width: int, *, per_token: bool) -> bool:
+    """Whether rows of `width` numbers are represented as their runs of `_RUN` are."""
+    return prepared is not None and width % _RUN == 0 and prepared.part.is_local(_RUN, per_token=per_token)
+
+
+def _with_any(tensor: Tensor | None, *dimensions: int) -> Tensor | None:
+    """Tell the compiler that other tensors in this place have other sizes in some dimensions."""
+    for dimension in dimensions if tensor is not None else ():
         torch._dynamo.maybe_mark_dynamic(tensor, dimension)
     return tensor
 
@@ -279,8 +297,12 @@ def _of_any_shape(tensor: Tensor) -> Tensor:
 def _compiled(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Callable[..., Tensor]:
     """`torch.compile` for a process that trains many runs, with several shapes each, one after the other."""
     import torch._dynamo.config
+    import torch._inductor.config
 
     torch._dynamo.config.recompile_limit = _COMPILED_FORMATS
+    torch._inductor.config.compile_threads = (
+        1  # processes that compile take longer to start than few kernels to compile
+    )
     compiled: Callable[..., Tensor] = torch.compile(function, *args, **kwargs)
     return compiled
 

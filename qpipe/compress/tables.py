@@ -27,8 +27,9 @@ def constant(name: str, build: Callable[[], Tensor], device: torch.device, dtype
 
 def level_table(grid: Grid, like: Tensor) -> Tensor:
     """Sorted levels of a scalar grid, shape (codes,), on the device and in the dtype of `like`."""
-    values = levels(grid.word).tolist()
-    return constant(grid.word, lambda: torch.tensor(values, dtype=torch.float64), like.device, like.dtype)
+    return constant(
+        grid.word, lambda: torch.tensor(levels(grid.word).tolist(), dtype=torch.float64), like.device, like.dtype
+    )
 
 
 def code_table(grid: Grid, like: Tensor) -> Tensor:

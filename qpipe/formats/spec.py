@@ -131,6 +131,18 @@ class TensorFormat(_Part):
             return False
         return self == TensorFormat(grid=self.grid, scale="gaussian", gradient="trust")
 
+    def is_local(self, block: int, *, per_token: bool) -> bool:
+        """Whether a number's representation depends on its run of `block` neighbours and the whole tensor alone.
+
+        Not on its row, then. `per_token`: unstructured masks choose within rows (activations).
+        """
+        grid, mask = self.parsed_grid, self.mask
+        if self.scale in TRAINED_SCALES or (grid is not None and grid.family == "noise"):
+            return False
+        if mask is not None and (per_token if mask.m is None else block % (mask.m * mask.block) > 0):
+            return False
+        return grid is None or self.group == "tensor" or (isinstance(self.group, int) and block % self.group == 0)
+
     @field_validator("group")
     @classmethod
     def _group_size(cls, group: str | int) -> str | int:
