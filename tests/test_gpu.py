@@ -71,9 +71,14 @@ def test_captured_steps_equal_plain_steps(name: str, monkeypatch: pytest.MonkeyP
 @on_gpu
 @pytest.mark.parametrize("name", COMPILED)
 def test_captured_steps_equal_plain_steps_in_bfloat16(name: str, monkeypatch: pytest.MonkeyPatch):
-    plain = train(name, monkeypatch, capture=False, compiled=False)
-    captured = train(name, monkeypatch, capture=True, compiled=False)
-    assert_alike(captured, plain, 1e-2, 1e-1)  # rounding to 8 bits of mantissa moves many more numbers
+    """Two plain steps, the first replay, and one after its update.
+
+    Rounding to 8 bits of mantissa moves many more numbers: on a CPU, weights of w4a4 moved by 1e-7 of themselves after
+    each step moved gradient norms by 1% in the fourth step, and by half in the eighth.
+    """
+    plain = train(name, monkeypatch, capture=False, compiled=False, steps=4)
+    captured = train(name, monkeypatch, capture=True, compiled=False, steps=4)
+    assert_alike(captured, plain, 5e-3, 5e-2)
 
 
 @on_gpu

@@ -25,7 +25,7 @@ from qpipe.compress.gradients import power, power_inverse
 from qpipe.compress.masks import sparsity_at
 from qpipe.compress.packing import pack, unpack
 from qpipe.compress.prepare import Prepared, prepare
-from qpipe.compress.quantize import compress
+from qpipe.compress.quantize import Represented, compress, represent
 from qpipe.compress.rotation import hadamard, rotate
 from qpipe.compress.scales import grouped
 from qpipe.compress.trained import starting_scale
@@ -151,11 +151,37 @@ class CompressedLinear(nn.Module):
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile what represents weights and inputs where no kernel of our own does; arguments of `torch.compile`.
 
-        The rest is a matrix product. What is compiled for weights serves layers of all shapes: once per shape would
-        take longer. In evaluation nothing is compiled: it would be compiled once more for it. The compiler
-        takes seconds to import, so nothing happens before it is needed.
+        The rest is matrix products and gradients that are kept or dropped. What is compiled for weights, and for inputs
+        where their rows do not matter, serves layers of all shapes: once per shape would take longer. In evaluation
+        nothing is compiled: it would be compiled once more for it. The compiler takes seconds to import, so nothing
+        happens before it is needed.
         """
         self._compiler = functools.cache(lambda function: _compiled(function, *args, dynamic=False, **kwargs))
+
+    def _represent(
+        self,
+        x: Tensor,
+        prepared: Prepared,
+        scale: Tensor | None,
+        kept_share: Tensor | None,
+        per_token: bool,
+        training: bool,
+    ) -> Represented:
+        """`qpipe.compress.quantize.represent` of weights or (`per_token`) inputs, compiled if it is to be."""
+        if not training or self._compiler is None:
+            return represent(x, prepared, scale, kept_share, per_token, training)
+        numbers = x.detach()  # the compiler would take the shape of a parameter as fixed
+        scale = None if scale is None else scale.detach()
+        if x.shape[-1] % _RUN == 0 and prepared.part.is_local(_RUN, per_token=per_token):
+            numbers = numbers.reshape(-1, _RUN)
+            _allow_any(numbers, 0)
+        elif not per_token:
+            _allow_any(numbers, 0, 1)
+            _allow_any(scale, 0, 1)
+        found = self._compiler(represent)(numbers, prepared, scale, kept_share, per_token, training)
+        value, gate, slope = (None if part is None else part.view(x.shape) for part in found)
+        assert value is not None
+        return Represented(value, gate, slope)
 
     def _product_weight(self, x: Tensor) -> Tensor:
         """The weight that multiplies the represented input `x`: in its dtype, and in its basis."""
@@ -175,25 +201,16 @@ class CompressedLinear(nn.Module):
         return self._weights.multiplier, self._weights.high + self._weights.radius, self._activations is None
 
     def _weight_in_dtype(self, dtype: torch.dtype) -> Tensor:
-        back, tensors = self._activations is None, (self.weight, self.weight_scale, self.kept_share)
-        if not self.training or self._compiler is None:
-            return _represented_weight(*tensors, self._weights, self.block, back, dtype, self.training)
-        # The compiler takes the shapes of parameters as fixed: it is given views.
-        weight, *others = [None if tensor is None else tensor.view_as(tensor) for tensor in tensors]
-        assert weight is not None
-        if _cuts_into_runs(self._weights, self.in_features, per_token=False):
-            weight = _with_any(weight.reshape(-1, _RUN), 0)
-        else:
-            weight, others[0] = _with_any(weight, 0, 1), _with_any(others[0], 0, 1)
-        represent = self._compiler(_represented_weight)
-        result: Tensor = represent(weight, *others, self._weights, self.block, back, dtype, True)
-        return result.view_as(self.weight)
+        with _full_precision(self.weight.device):
+            weight = self._represent_weight()
+            if self._activations is None:
+                weight = rotate(weight, self.block)
+            return weight.to(dtype)
 
     def compressed_weight(self) -> Tensor:
         """The dequantized weight as used, shape (out_features, in_features), in the unrotated input basis."""
-        with torch.no_grad():
-            tensors = self.weight, self.weight_scale, self.kept_share
-            return _represented_weight(*tensors, self._weights, self.block, True, self.weight.dtype, self.training)
+        with torch.no_grad(), _full_precision(self.weight.device):
+            return rotate(self._represent_weight(), self.block)
 
     def pack(self) -> dict[str, Tensor]:
         """The compressed weight as packed bits (see `qpipe.compress.packing`)."""
@@ -202,12 +219,30 @@ class CompressedLinear(nn.Module):
                 f"representation '{self.representation.name}' keeps its weights in 16 bits: nothing to pack"
             )
         with torch.no_grad(), _full_precision(self.weight.device):
-            return pack(_rotated(self.weight, self._weights, self.block), self._weights, self.weight_scale)
+            return pack(self._rotated_weight(), self._weights, self.weight_scale)
 
     def unpack(self, packed: Mapping[str, Tensor]) -> Tensor:
         """What `compressed_weight` was when `packed` was made, shape (out_features, in_features), float32."""
         assert self._weights is not None
         return rotate(unpack(packed, self._weights, (self.out_features, self.in_features)), self.block)
+
+    def _rotated_weight(self) -> Tensor:
+        stored = self.weight if self._weights is None else power(self.weight, self._weights.part.power)
+        return rotate(stored, self.block)
+
+    def _represent_weight(self) -> Tensor:
+        """Weight in the rotated basis."""
+        if self._weights is None:
+            return self._rotated_weight()
+        return compress(
+            self._rotated_weight(),
+            self._weights,
+            scale=self.weight_scale,
+            scale_count=self.weight.numel(),
+            kept_share=self.kept_share,
+            training=self.training,
+            by=self._represent,
+        )
 
     def _represent_input(self, x: Tensor, mean_square: Tensor | None) -> Tensor:
         if self._activations is None:
@@ -218,13 +253,15 @@ class CompressedLinear(nn.Module):
                 x.to(dtype), matrix, self._activations.multiplier, top, mean_square, dtype
             )
             return rounded
-        options = self.activation_scale, self._activations, self.block, self.training
-        if not self.training or self._compiler is None:
-            return _represented_input(x, *options)
-        cut = _cuts_into_runs(self._activations, self.in_features, per_token=True)
-        numbers = _with_any(x.reshape(-1, _RUN), 0) if cut else x
-        result: Tensor = self._compiler(_represented_input)(numbers, *options)
-        return result.view_as(x)
+        return compress(
+            rotate(x, self.block),
+            self._activations,
+            scale=self.activation_scale,
+            scale_count=self.in_features,
+            per_token=True,
+            training=self.training,
+            by=self._represent,
+        )
 
     @torch.no_grad()
     @torch.compiler.disable
@@ -232,7 +269,7 @@ class CompressedLinear(nn.Module):
         """Set trained scales from the weights and from the first batch."""
         with _full_precision(x.device):
             if self.weight_scale is not None and self._weights is not None:
-                groups = grouped(_rotated(self.weight, self._weights, self.block), self._weights.part.group)
+                groups = grouped(self._rotated_weight(), self._weights.part.group)
                 self.weight_scale.copy_(starting_scale(groups, self._weights))
             if self.activation_scale is not None and self._activations is not None:
                 groups = grouped(rotate(x.float(), self.block), self._activations.part.group)
@@ -251,47 +288,10 @@ class CompressedLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, {self.representation.name}, bias={self.bias is not None}"
 
 
-def _rotated(weight: Tensor, prepared: Prepared | None, block: int) -> Tensor:
-    return rotate(weight if prepared is None else power(weight, prepared.part.power), block)
-
-
-def _represented_weight(
-    weight: Tensor,
-    scale: Tensor | None,
-    kept_share: Tensor | None,
-    prepared: Prepared | None,
-    block: int,
-    back: bool,
-    dtype: torch.dtype,
-    training: bool,
-) -> Tensor:
-    """A layer's weight (out_features, in_features) as products read it, in the rotated basis or rotated `back`."""
-    with _full_precision(weight.device):
-        result = _rotated(weight, prepared, block)
-        if prepared is not None:
-            count = weight.numel()
-            result = compress(
-                result, prepared, scale=scale, scale_count=count, kept_share=kept_share, training=training
-            )
-        return (rotate(result, block) if back else result).to(dtype)
-
-
-def _represented_input(x: Tensor, scale: Tensor | None, prepared: Prepared, block: int, training: bool) -> Tensor:
-    """A layer's input (..., in_features) as products read it."""
-    count = x.shape[-1]
-    return compress(rotate(x, block), prepared, scale=scale, scale_count=count, per_token=True, training=training)
-
-
-def _cuts_into_runs(prepared: Prepared | None, width: int, *, per_token: bool) -> bool:
-    """Whether rows of `width` numbers are represented as their runs of `_RUN` are."""
-    return prepared is not None and width % _RUN == 0 and prepared.part.is_local(_RUN, per_token=per_token)
-
-
-def _with_any(tensor: Tensor | None, *dimensions: int) -> Tensor | None:
+def _allow_any(tensor: Tensor | None, *dimensions: int) -> None:
     """Tell the compiler that other tensors in this place have other sizes in some dimensions."""
     for dimension in dimensions if tensor is not None else ():
         torch._dynamo.maybe_mark_dynamic(tensor, dimension)
-    return tensor
 
 
 def _compiled(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Callable[..., Tensor]:

@@ -4,6 +4,9 @@ The order is fixed: (rotate,) prune, find the scale of the dense numbers, round,
 gradient rule. So a sparse and quantized weight is pruned first and its scale is that of the dense row (2502.05003).
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -13,8 +16,19 @@ from qpipe.compress.masks import gradient_mask, join_gates, select, select_per_t
 from qpipe.compress.prepare import Prepared
 from qpipe.compress.rounding import round_to_grid
 from qpipe.compress.scales import find_scale, grouped, reciprocal
-from qpipe.compress.trained import compress_with_trained_scale
+from qpipe.compress.trained import represent_with_trained_scale, with_trained_scale
 from qpipe.compress.vectors import outer_radius
+
+
+class Represented(NamedTuple):
+    """What stands for a tensor, and what differentiating it needs; all of the tensor's shape."""
+
+    value: Tensor
+    """compressed numbers"""
+    gate: Tensor | None
+    """where gradient passes (bool); None: everywhere"""
+    slope: Tensor | None = None
+    """d value / d scale, where the scale is trained"""
 
 
 def compress(
@@ -26,6 +40,7 @@ def compress(
     kept_share: Tensor | None = None,
     per_token: bool = False,
     training: bool = False,
+    by: Callable[..., Represented] | None = None,
 ) -> Tensor:
     """Represent `x`, shape (..., width), and differentiate by the format's own rule.
 
@@ -36,20 +51,42 @@ def compress(
     kept_share : share kept at this point of a mask schedule (0-dim tensor); None for the final mask
     per_token : choose masks per last-dimension row (activations) instead of over the whole tensor (weights)
     training : enables what differs in training only: Quant-Noise shares and uniform noise
+    by : `represent`, or that compiled
     """
     grid = prepared.grid
-    keep = _choose(x, prepared, kept_share, per_token)
-    if grid is None:
-        return x if keep is None else _prune(x, prepared, keep)
-    if grid.family == "noise":
-        return add_noise(x, grid.bits, keep)
-    if scale is not None:
-        return compress_with_trained_scale(x, prepared, scale, scale_count, keep)
+    if grid is None and prepared.mask is None:
+        return x
+    if grid is not None and grid.family == "noise":
+        return add_noise(x, grid.bits, _choose(x, prepared, kept_share, per_token))
     with torch.no_grad():
-        value, gate = _represent(x, prepared, keep, training=training)
-        if training and prepared.part.share < 1:
-            value, gate = _leave_some_exact(x, value, gate, prepared.part.share, keep)
-    return straight_through(x, value, gate)
+        value, gate, slope = (by or represent)(x, prepared, scale, kept_share, per_token, training)
+    if slope is None:
+        return straight_through(x, value, gate)
+    assert scale is not None
+    return with_trained_scale(x, prepared, scale, scale_count, value, gate, slope)
+
+
+def represent(
+    x: Tensor,
+    prepared: Prepared,
+    scale: Tensor | None,
+    kept_share: Tensor | None,
+    per_token: bool,
+    training: bool,
+) -> Represented:
+    """Do all of `compress` but attach the gradient rule: arithmetic that is not differentiated itself."""
+    keep = _choose(x, prepared, kept_share, per_token)
+    if prepared.grid is None:
+        assert keep is not None
+        assert prepared.mask is not None
+        return Represented(x * keep, gradient_mask(x, keep, prepared.mask))
+    if scale is not None:
+        value, gate, slope = represent_with_trained_scale(x, prepared, scale, keep)
+        return Represented(value.to(x.dtype), gate, slope)
+    rounded, passes = _represent(x, prepared, keep, training=training)
+    if training and prepared.part.share < 1:
+        rounded, passes = _leave_some_exact(x, rounded, passes, prepared.part.share, keep)
+    return Represented(rounded.to(x.dtype), passes)
 
 
 def _choose(x: Tensor, prepared: Prepared, kept_share: Tensor | None, per_token: bool) -> Tensor | None:
@@ -57,14 +94,6 @@ def _choose(x: Tensor, prepared: Prepared, kept_share: Tensor | None, per_token:
         return None
     with torch.no_grad():
         return select_per_token(x, prepared.mask) if per_token else select(x, prepared.mask, kept_share)
-
-
-def _prune(x: Tensor, prepared: Prepared, keep: Tensor) -> Tensor:
-    """Sparsity without a grid."""
-    assert prepared.mask is not None
-    with torch.no_grad():
-        value, gate = x * keep, gradient_mask(x, keep, prepared.mask)
-    return straight_through(x, value, gate)
 
 
 def _represent(x: Tensor, prepared: Prepared, keep: Tensor | None, *, training: bool) -> tuple[Tensor, Tensor | None]:

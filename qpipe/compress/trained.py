@@ -32,24 +32,41 @@ STRETCHED_CLIP = 0.99
 """Where the stretched rule clips: below 1, so that the row maximum does not round to a level that does not exist."""
 
 
-def compress_with_trained_scale(
-    x: Tensor, prepared: Prepared, scale: Tensor, count: int, keep: Tensor | None
-) -> Tensor:
-    """Represent `x` with the parameter `scale`, shaped like a group's scale; `count` numbers enter LSQ's factor."""
+def represent_with_trained_scale(
+    x: Tensor, prepared: Prepared, scale: Tensor, keep: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return value, gradient gate and slope of `x`, each of its shape, under the parameter `scale`.
+
+    `scale` is shaped like a group's scale.
+    """
     assert prepared.grid is not None
     groups = grouped(x, prepared.part.group)
-    floored = torch.where(scale > SMALLEST_SCALE, scale, SMALLEST_SCALE)
-    with torch.no_grad():
-        unit = floored * unit_per_scale(prepared)
-        y = groups / unit
-        level = round_to_grid(y.clone(), prepared.grid)
-        gate, slope = _rules(y, level, prepared)
-        value = level * unit
-        if keep is not None and prepared.mask is not None:
-            kept = keep.reshape(groups.shape)
-            value, slope = value * kept, slope * kept
-            gate = join_gates(gate, kept, gradient_mask(x, keep, prepared.mask))
-    return learned_scale(groups, floored, value, gate, slope, gradient_factor(prepared.grid, count)).reshape(x.shape)
+    unit = _floored(scale) * unit_per_scale(prepared)
+    y = groups / unit
+    level = round_to_grid(y.clone(), prepared.grid)
+    gate, slope = _rules(y, level, prepared)
+    value = level * unit
+    if keep is not None and prepared.mask is not None:
+        kept = keep.reshape(groups.shape)
+        value, slope = value * kept, slope * kept
+        gate = join_gates(gate, kept, gradient_mask(x, keep, prepared.mask))
+    return value.reshape(x.shape), gate.reshape(x.shape), slope.reshape(x.shape)
+
+
+def with_trained_scale(
+    x: Tensor, prepared: Prepared, scale: Tensor, count: int, value: Tensor, gate: Tensor | None, slope: Tensor
+) -> Tensor:
+    """Return `value` with the gradients of `x` and of `scale`; `count` numbers enter LSQ's factor."""
+    assert prepared.grid is not None
+    assert gate is not None
+    groups = grouped(x, prepared.part.group)
+    value, gate, slope = (part.reshape(groups.shape) for part in (value, gate, slope))
+    factor = gradient_factor(prepared.grid, count)
+    return learned_scale(groups, _floored(scale), value, gate, slope, factor).reshape(x.shape)
+
+
+def _floored(scale: Tensor) -> Tensor:
+    return torch.where(scale > SMALLEST_SCALE, scale, SMALLEST_SCALE)
 
 
 def unit_per_scale(prepared: Prepared) -> float:
