@@ -295,14 +295,13 @@ def _allow_any(tensor: Tensor | None, *dimensions: int) -> None:
 
 
 def _compiled(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Callable[..., Tensor]:
-    """`torch.compile` for a process that trains many runs, with several shapes each, one after the other."""
+    """`torch.compile` for a process that trains many runs, one after the other."""
     import torch._dynamo.config
     import torch._inductor.config
 
     torch._dynamo.config.recompile_limit = _COMPILED_FORMATS
-    torch._inductor.config.compile_threads = (
-        1  # processes that compile take longer to start than few kernels to compile
-    )
+    # A pool of processes takes longer to start than few kernels take to compile.
+    torch._inductor.config.compile_threads = 1
     compiled: Callable[..., Tensor] = torch.compile(function, *args, **kwargs)
     return compiled
 
