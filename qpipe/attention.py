@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qpipe import cpu_functions
 from qpipe.recipe import ModelShape, RopeScaling
 
 if torch.cuda.is_available():
@@ -80,6 +81,9 @@ def rotated_parts(
     """Return rotated queries, rotated keys and values of heads (B, T, heads + 2 kv_heads, head_dim)."""
     if qkv.is_cuda:
         parts: tuple[Tensor, Tensor, Tensor] = triton_rotary.Rotary.apply(qkv, cosine, sine, heads, kv_heads)
+        return parts
+    if cpu_functions.fits(qkv):
+        parts = cpu_functions.Rotary.apply(qkv, cosine, sine, heads, kv_heads)
         return parts
     query_key, value = qkv.split([heads + kv_heads, kv_heads], dim=2)
     query, key = rotate(query_key, cosine, sine).split([heads, kv_heads], dim=2)
