@@ -152,12 +152,7 @@ class TrainingStep:
                 if isinstance(layer, CompressedLinear):
                     layer.compile(dynamic=False)  # layers of a shape share what is compiled
             return
-        self.model.norm.compile(dynamic=False)
-        for block in self.model.blocks:
-            if is_sharded(block):  # gathering its weights stays outside
-                block.forward = torch.compile(block.forward, dynamic=False)
-            else:
-                block.compile(dynamic=False)  # blocks are alike: the first is compiled, the others reuse it
+        compile_model(self.model)
 
     def _gradients(self, tokens: Tensor, backward: Callable[[Tensor], None]) -> tuple[Tensor, Tensor]:
         """Accumulate the gradient of the mean loss over the sequences and clip it; return loss and norm."""
@@ -195,6 +190,16 @@ class TrainingStep:
         if self._update is not None:
             self._update.fill()
         optimizer.graph, self._optimizer = graph, optimizer
+
+
+def compile_model(model: Decoder) -> None:
+    """Compile what is not captured: whole blocks, when they first run."""
+    model.norm.compile(dynamic=False)
+    for block in model.blocks:
+        if is_sharded(block):  # gathering its weights stays outside
+            block.forward = torch.compile(block.forward, dynamic=False)
+        else:
+            block.compile(dynamic=False)  # blocks are alike: the first is compiled, the others reuse it
 
 
 def switched_on(name: str, default: bool) -> bool:
