@@ -70,9 +70,11 @@ def scaled_frequencies(frequencies: Tensor, scaling: RopeScaling | None) -> Tens
 
 def rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Rotate each head (B, T, H, head_dim) by its position's angles."""
-    cosine, sine = cosine.to(heads.dtype), sine.to(heads.dtype)
-    first, second = heads.chunk(2, dim=-1)
-    return heads * cosine + torch.cat([-second, first], dim=-1) * sine
+    half = heads.shape[-1] // 2  # for both halves of a head the angles are the same
+    cosine, sine = cosine[..., :half].to(heads.dtype), sine[..., :half].to(heads.dtype)
+    first, second = heads.unflatten(-1, (2, half)).unbind(-2)
+    # Stacked, not concatenated: compiled code then has no choice to make between neighbours.
+    return torch.stack([first * cosine - second * sine, second * cosine + first * sine], dim=-2).flatten(-2)
 
 
 def rotated_parts(

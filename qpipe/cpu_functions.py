@@ -26,6 +26,7 @@ class AddNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, residual: Tensor, update: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+        """Sum, scale of each token and norm, part by part."""
         width, size = weight.numel(), max(1, NUMBERS // weight.numel())
         total, normed = torch.empty_like(residual), torch.empty_like(residual)
         scale = residual.new_empty(residual.numel() // width, 1)  # 1 / rms
@@ -41,7 +42,7 @@ class AddNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor, Tensor, Tensor, None]:
-        """With x the sum, s = 1 / rms(x) and g the normed numbers' gradient: s g w - x s^3 mean(g w x), and the sum's."""
+        """s g w - x s^3 mean(g w x) plus the sum's gradient; x the sum, s = 1 / rms(x), w the weight, g the norm's."""
         total, weight, scale = ctx.saved_tensors
         to_total, to_normed = gradients
         assert to_normed is not None
@@ -70,6 +71,7 @@ class Rotary(torch.autograd.Function):
     def forward(
         ctx: Any, qkv: Tensor, cosine: Tensor, sine: Tensor, heads: int, kv_heads: int
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys are rotated into an array of their own; values stay where they are."""
         ctx.save_for_backward(cosine, sine)
         source, value = qkv.split([heads + kv_heads, kv_heads], dim=2)
         rotated = torch.empty_like(source, memory_format=torch.contiguous_format)
@@ -79,6 +81,7 @@ class Rotary(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
+        """All three gradients side by side, queries' and keys' rotated back."""
         cosine, sine = ctx.saved_tensors
         sizes = [gradient.shape[2] for gradient in gradients]
         batch, length, _, head_dim = gradients[0].shape

@@ -19,6 +19,7 @@ CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": GPU_LOGITS}
 """Logits held at once: 2 MiB in float32 on CPU (about a level-2 cache), 0.5 GiB in bfloat16 on a GPU."""
 
 
+@torch.compiler.disable
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Return the mean cross-entropy of `hidden @ weight.T` against `targets` without storing the logits.
 

@@ -193,7 +193,13 @@ class TrainingStep:
 
 
 def compile_model(model: Decoder) -> None:
-    """Compile what is not captured: whole blocks, when they first run."""
+    """Compile what is not captured, when it first runs: on a CPU the way to the loss as a whole, elsewhere blocks.
+
+    On a CPU evaluation stays as it is, so that a record's loss is found again whatever was compiled.
+    """
+    if next(model.parameters()).device.type == "cpu":
+        model.loss = torch.compile(model.loss, dynamic=False)  # type: ignore[method-assign]
+        return
     model.norm.compile(dynamic=False)
     for block in model.blocks:
         if is_sharded(block):  # gathering its weights stays outside
