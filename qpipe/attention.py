@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qpipe import cpu_functions
 from qpipe.recipe import ModelShape, RopeScaling
 
 if torch.cuda.is_available():
@@ -69,9 +70,11 @@ def scaled_frequencies(frequencies: Tensor, scaling: RopeScaling | None) -> Tens
 
 def rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Rotate each head (B, T, H, head_dim) by its position's angles."""
-    cosine, sine = cosine.to(heads.dtype), sine.to(heads.dtype)
-    first, second = heads.chunk(2, dim=-1)
-    return heads * cosine + torch.cat([-second, first], dim=-1) * sine
+    half = heads.shape[-1] // 2  # for both halves of a head the angles are the same
+    cosine, sine = cosine[..., :half].to(heads.dtype), sine[..., :half].to(heads.dtype)
+    first, second = heads.unflatten(-1, (2, half)).unbind(-2)
+    # Stacked, not concatenated: compiled code then has no choice to make between neighbours.
+    return torch.stack([first * cosine - second * sine, second * cosine + first * sine], dim=-2).flatten(-2)
 
 
 def rotated_parts(
@@ -80,6 +83,9 @@ def rotated_parts(
     """Return rotated queries, rotated keys and values of heads (B, T, heads + 2 kv_heads, head_dim)."""
     if qkv.is_cuda:
         parts: tuple[Tensor, Tensor, Tensor] = triton_rotary.Rotary.apply(qkv, cosine, sine, heads, kv_heads)
+        return parts
+    if cpu_functions.fits(qkv):
+        parts = cpu_functions.Rotary.apply(qkv, cosine, sine, heads, kv_heads)
         return parts
     query_key, value = qkv.split([heads + kv_heads, kv_heads], dim=2)
     query, key = rotate(query_key, cosine, sine).split([heads, kv_heads], dim=2)

@@ -22,6 +22,7 @@ _ROW_TILE = 256
 """Rows that fill tiles of matrix products on GPUs."""
 
 
+@torch.compiler.disable
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, rounded: Tensor | None = None) -> Tensor:
     """Return the mean cross-entropy of `hidden @ weight.T` against `targets` without storing the logits.
 
@@ -83,7 +84,10 @@ def _loss_and_gradient(logits: Tensor, target: Tensor, scale: float) -> tuple[Te
     """
     if logits.is_cuda:
         return triton_kernels.softmax_gradient_(logits, target, scale), logits
-    log_probability = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+    if logits.dtype == torch.float32:  # in place: a row is read twice, for its sum and then number by number
+        log_probability = torch.log_softmax(logits, dim=-1, out=logits)
+    else:
+        log_probability = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
     loss = -log_probability.gather(1, target).sum()
     gradient = log_probability.exp_()
     gradient.scatter_add_(1, target, gradient.new_full((), -1.0).expand_as(target))

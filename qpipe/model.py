@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qpipe import cpu_functions
 from qpipe.attention import causal_attention, rotary_tables
 from qpipe.compress import CompressedLinear, make_linear
 from qpipe.compress.dense import DenseLinear
@@ -56,7 +57,7 @@ class Decoder(nn.Module):
     cosine: Tensor
     sine: Tensor
     joins_norms = True
-    """On GPUs, a sum into the residual and the norm that reads it are one kernel, across blocks too."""
+    """In training, a sum into the residual and the norm that reads it are one function, across blocks too."""
 
     def __init__(
         self, shape: ModelShape, representation: Representation, device: torch.device | str | None = None
@@ -107,7 +108,8 @@ class Decoder(nn.Module):
         features: Tensor = self.embedding(tokens_BT)  # as a module: a hook starts the gradients of `qpipe.ptq` here
         length = tokens_BT.shape[1]
         cosine, sine = self.cosine[:length], self.sine[:length]
-        if features.is_cuda and torch.is_grad_enabled() and self.joins_norms:
+        joinable = features.is_cuda or cpu_functions.fits(features)
+        if joinable and torch.is_grad_enabled() and self.joins_norms:
             return self._hidden_with_joined_norms(features, cosine, sine)
         for block in self.blocks:
             features = block(features, cosine, sine)
@@ -196,6 +198,8 @@ def add_norm(
     if residual.is_cuda:
         total, normed, mean_square = triton_norm.AddNorm.apply(residual, update, weight, epsilon, dtype, measured)
         return total, normed, mean_square if measured else None
+    if update is not None and cpu_functions.fits(update):
+        return (*cpu_functions.AddNorm.apply(residual, update, weight, epsilon), None)
     residual = residual if update is None else residual + update
     return residual, F.rms_norm(residual, weight.shape, weight, epsilon).to(dtype), None
 

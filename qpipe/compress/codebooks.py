@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import solve_banded
 from scipy.special import ndtr, ndtri
-from scipy.stats import qmc
 
 Array = NDArray[np.float64]
 
@@ -104,6 +103,8 @@ def _save(path: Path, book: NDArray[np.float32]) -> None:
 
 def gaussian_points(dimension: int, count: int, seed: int) -> NDArray[np.float32]:
     """`count` (a power of two) evenly spread N(0, I) points: a scrambled Sobol sequence through the normal quantile."""
+    from scipy.stats import qmc  # takes a third of a second to import, and books are shipped
+
     uniform = qmc.Sobol(dimension, seed=seed).random(count)
     return np.asarray(ndtri(np.clip(uniform, 1e-12, 1 - 1e-12)), dtype=np.float32)
 

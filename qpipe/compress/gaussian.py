@@ -14,7 +14,6 @@ from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize_scalar
 from scipy.special import ndtr
 
 from qpipe.compress.grids import levels
@@ -118,6 +117,8 @@ def optimal_multiplier(word: str) -> float:
     Floating-point grids repeat themselves from octave to octave, so the error has many minima; of those within 1e-6
     of the best the smallest unit is taken, which does not hang on the last digits of a machine's arithmetic.
     """
+    from scipy.optimize import minimize_scalar  # slow to import, and the published grids need none of it
+
     grid = levels(word)
     found = [
         minimize_scalar(

@@ -25,14 +25,16 @@ def _build(size: int) -> Tensor:
 
 
 INNER = 16
-"""On CPU a block of b is rotated as H_(b/16) X H_16: 16 + b/16 products per number, not b; 2.8 times faster."""
+"""On CPU a large block of b is rotated as H_(b/16) X H_16: 16 + b/16 products per number, not b."""
+LARGE = 128
+"""Blocks from which on that is faster: the left products of smaller ones are too many and too small."""
 
 
 def rotate(x: Tensor, block: int) -> Tensor:
     """Rotate the last dimension of `x`, shape (..., width), in blocks that divide the width. Its own inverse."""
     if block == 1:
         return x
-    if x.device.type != "cpu" or block < 2 * INNER:  # on a GPU one product of full size keeps the tensor cores busy
+    if x.device.type != "cpu" or block < LARGE:  # on a GPU one product of full size keeps the tensor cores busy
         return (x.unflatten(-1, (-1, block)) @ hadamard(block, x.device, x.dtype)).flatten(-2)
     # Sylvester's matrix is a Kronecker product, H_b = H_(b/16) (x) H_16.
     outer, inner = hadamard(block // INNER, x.device, x.dtype), hadamard(INNER, x.device, x.dtype)

@@ -153,12 +153,7 @@ class TrainingStep:
                 if isinstance(layer, CompressedLinear):
                     layer.compile()  # layers share what is compiled
             return
-        self.model.norm.compile(dynamic=False)
-        for block in self.model.blocks:
-            if is_sharded(block):  # gathering its weights stays outside
-                block.forward = torch.compile(block.forward, dynamic=False)
-            else:
-                block.compile(dynamic=False)  # blocks are alike: the first is compiled, the others reuse it
+        compile_model(self.model)
 
     def _gradients(self, tokens: Tensor, backward: Callable[[Tensor], None]) -> tuple[Tensor, Tensor]:
         """Accumulate the gradient of the mean loss over the sequences and clip it; return loss and norm."""
@@ -199,6 +194,22 @@ class TrainingStep:
         if self._update is not None:
             self._update.fill()
         optimizer.graph, self._optimizer = graph, optimizer
+
+
+def compile_model(model: Decoder) -> None:
+    """Compile what is not captured, when it first runs: on a CPU the way to the loss as a whole, elsewhere blocks.
+
+    On a CPU evaluation stays as it is, so that a record's loss is found again whatever was compiled.
+    """
+    if next(model.parameters()).device.type == "cpu":
+        model.loss = torch.compile(model.loss, dynamic=False)  # type: ignore[method-assign]
+        return
+    model.norm.compile(dynamic=False)
+    for block in model.blocks:
+        if is_sharded(block):  # gathering its weights stays outside
+            block.forward = torch.compile(block.forward, dynamic=False)
+        else:
+            block.compile(dynamic=False)  # blocks are alike: the first is compiled, the others reuse it
 
 
 def switched_on(name: str, default: bool) -> bool:

@@ -4,8 +4,8 @@ Shapes are those of a 30M model (64 x 512 tokens, width 640, 5 heads of 128, 32,
 alone, from the profiler; TB/s counts the numbers that have to be read and written once. Lines with `as` name other
 choices of tile, warps, programs or stages than the ones in use (marked *).
 
-    python benchmarks/kernels.py
-    python benchmarks/kernels.py softmax norm swiglu rotary attention rounding weights adamw
+    python benchmarks/gpu_kernels.py
+    python benchmarks/gpu_kernels.py softmax norm swiglu rotary attention rounding weights adamw
 """
 
 import argparse

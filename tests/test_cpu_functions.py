@@ -1,0 +1,76 @@
+"""Functions of a CPU's training step against autograd in float64, and the compiled step against the plain one."""
+
+import os
+import shutil
+
+import pytest
+import torch
+from torch import Tensor
+from training_cases import small_shape
+
+from qpipe import cpu_functions
+from qpipe.attention import rotary_tables, rotated_parts
+from qpipe.formats import resolve
+from qpipe.model import Decoder, add_norm
+from qpipe.train.step import compile_model
+
+
+def gradients(results: tuple[Tensor, ...], leaves: list[Tensor]) -> list[Tensor]:
+    """Gradients of a sum of results, each number weighted differently, so that none can stand for another."""
+    loss = sum((result * torch.arange(result.numel()).view_as(result).sin()).sum() for result in results)
+    return list(torch.autograd.grad(loss, leaves))
+
+
+def assert_float32_of(found: list[Tensor], exact: list[Tensor]) -> None:
+    for number, expected in zip(found, exact, strict=True):
+        torch.testing.assert_close(number.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("numbers", [30, 100, 10_000])
+def test_joined_norm_equals_float64(numbers: int, last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_functions, "NUMBERS", numbers)  # parts of one token, of four, and all at once
+    values = [torch.randn(3, 7, 24), torch.randn(3, 7, 24), 1 + torch.rand(24)]
+    found, exact = [], []
+    for leaves, into in ((values, found), ([value.double() for value in values], exact)):
+        leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+        total, normed, _ = add_norm(*leaves, 1e-2, False)
+        read = (normed,) if last else (total, normed)
+        into += [total, normed, *gradients(read, leaves)]
+    assert found[0].grad_fn.name() == "AddNormBackward"
+    assert "AddNorm" not in exact[0].grad_fn.name()
+    assert_float32_of(found, exact)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("numbers", [1, 2000, 100_000])
+def test_rotary_equals_float64(numbers: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_functions, "NUMBERS", numbers)
+    cosine, sine = (table[:13] for table in rotary_tables(small_shape(width=32, heads=4, kv_heads=kv_heads)))
+    qkv = torch.randn(5, 13, 4 + 2 * kv_heads, 8)
+    found, exact = [], []
+    for dtype, into in ((torch.float32, found), (torch.float64, exact)):
+        leaf = qkv.to(dtype).requires_grad_()
+        parts = rotated_parts(leaf, cosine.to(dtype), sine.to(dtype), 4, kv_heads)
+        into += [*parts, *gradients(parts, [leaf])]
+    assert "Rotary" in found[0].grad_fn.name()
+    assert "Rotary" not in exact[0].grad_fn.name()
+    assert_float32_of(found, exact)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler")
+@pytest.mark.parametrize("representation", ["dense", "w4", "2:4"])
+def test_compiled_step_equals_the_plain_one(representation: str) -> None:
+    tokens = torch.randint(0, 64, (4, 17))
+    results = []
+    for compiled in (False, True):
+        decoder = Decoder(small_shape(), resolve(representation))
+        decoder.initialize(0)
+        if compiled:
+            compile_model(decoder)
+        loss = decoder.loss(tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+        results.append([loss.detach(), *(parameter.grad for parameter in decoder.parameters())])
+    for plain, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-6)
