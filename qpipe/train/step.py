@@ -11,7 +11,7 @@ weights of all layers at once (`qpipe.compress.together`), and clips and takes A
 In a captured step only what represents weights and activations is compiled, and only where it is no kernel of our own:
 dense models and QuEST's formats compile nothing. Blocks are otherwise matrix products and such kernels, for which a
 compiler would add little but its own time before the first step. Where launches are not captured whole blocks are
-compiled.
+compiled. On a CPU nothing is, unless QPIPE_COMPILE=1 asks for it.
 
 QPIPE_COMPILE=0 and QPIPE_CAPTURE=0 turn compiling and capturing off, to look for trouble.
 """
