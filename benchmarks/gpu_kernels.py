@@ -57,7 +57,9 @@ def show(name: str, size: float, work: Callable[[], object]) -> None:
 
 def context() -> Any:
     """What an autograd function keeps, without autograd."""
-    kept = SimpleNamespace(saved_tensors=(), mark_non_differentiable=lambda *_: None)
+    kept = SimpleNamespace(
+        saved_tensors=(), mark_non_differentiable=lambda *_: None, set_materialize_grads=lambda _: None
+    )
     kept.save_for_backward = lambda *tensors: setattr(kept, "saved_tensors", tensors)
     return kept
 

@@ -206,7 +206,7 @@ def leave_out(names: Sequence[str] = KERNELS) -> None:
 
     changes: dict[str, tuple[Any, str, Any]] = {
         "norm": (Decoder, "_hidden_with_joined_norms", plain_norms),
-        "attention": (qpipe.attention, "has_kernel", lambda _: False),
+        "attention": (qpipe.attention, "has_kernel", lambda *_: False),
         "rotary": (qpipe.attention, "rotated_parts", plain_parts),
         "rounding": (qpipe.compress.linear, "_has_kernel", lambda *_: False),
         "head": (qpipe.cross_entropy, "_add_product", plain_product),

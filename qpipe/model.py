@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from qpipe import cpu_functions
 from qpipe.attention import causal_attention, rotary_tables
@@ -64,10 +65,11 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.shape = shape
-        self.embedding = Embedding(shape.vocab_size, shape.width, device=device)
-        self.blocks = nn.ModuleList(Block(shape, representation, device) for _ in range(shape.layers))
-        self.norm = nn.RMSNorm(shape.width, shape.norm_epsilon, device=device)
-        self.head = DenseLinear(shape.width, shape.vocab_size, bias=False, device=device)
+        with _Undrawn():
+            self.embedding = Embedding(shape.vocab_size, shape.width, device=device)
+            self.blocks = nn.ModuleList(Block(shape, representation, device) for _ in range(shape.layers))
+            self.norm = nn.RMSNorm(shape.width, shape.norm_epsilon, device=device)
+            self.head = DenseLinear(shape.width, shape.vocab_size, bias=False, device=device)
         if shape.tied_embeddings:
             self.head.weight = self.embedding.weight
         # Not part of the weights: recomputed from the shape wherever the model is built.
@@ -91,10 +93,12 @@ class Decoder(nn.Module):
                 module.weight.fill_(1.0)
             elif isinstance(weight, nn.Parameter) and not (self.shape.tied_embeddings and name == "head"):
                 std = residual_std if name.endswith(("attention.out", "feed_forward.down")) else INIT_STD
-                drawn = torch.empty(weight.shape).normal_(0.0, std, generator=generator)
+                given = not isinstance(module, CompressedLinear) and weight.is_cpu and weight.dtype == torch.float32
+                drawn = weight if given else torch.empty(weight.shape)
+                drawn.normal_(0.0, std, generator=generator)
                 if isinstance(module, CompressedLinear):
                     module.load_dense_weight(drawn)  # some representations train another parameter than the weight
-                else:
+                elif not given:
                     weight.copy_(drawn)
 
     def set_progress(self, fraction: float) -> None:
@@ -145,6 +149,16 @@ class Decoder(nn.Module):
             for part, target in zip(hidden.split(rows), targets.split(rows), strict=True)
         ]
         return torch.cat(losses).view(targets_BT.shape)
+
+
+class _Undrawn(TorchFunctionMode):
+    """Under it modules are made without drawing weights, which takes longer than everything else about a model."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call the function, unless it fills a tensor with random numbers."""
+        if func in (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_):
+            return (kwargs or {}).get("tensor", *args[:1])
+        return func(*args, **(kwargs or {}))
 
 
 class Block(nn.Module):

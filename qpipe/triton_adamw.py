@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qpipe.errors import QpipeError
+from qpipe.triton_launch import launch
 
 _NUMBERS = 2048
 """Numbers that a program updates; a multiple of 4, so that every program starts at a multiple of 16 bytes."""
@@ -199,13 +200,14 @@ class CapturedAdamW:
                 self._updated.append((parameter, gradient, state, group["weight_decay"]))
 
     def _total_norm(self) -> Tensor:
-        _squares[(self._programs,)](self._table, self._sums, numbers=_NUMBERS, num_warps=_WARPS)
+        launch(_squares, (self._programs,), self._table, self._sums, numbers=_NUMBERS, num_warps=_WARPS)
         return self._sums.sum().sqrt()
 
     def _run(self, norm: Tensor) -> None:
         group: dict[str, Any] = self.optimizer.param_groups[0]
         beta1, beta2 = group["betas"]
-        _adamw[(self._programs,)](
+        launch(
+            _adamw, (self._programs,),
             self._table, self._decays, group["lr"], norm,
             max_norm=self.max_norm, beta1=beta1, beta2=beta2, log_beta1=_log(beta1), log_beta2=_log(beta2),
             epsilon=group["eps"], numbers=_NUMBERS, copies=self._copies_type, num_warps=_WARPS,

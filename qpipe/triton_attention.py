@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qpipe.triton_launch import launch
 from qpipe.triton_rotary import rotated_copy
 
 _BASE_2 = 1.4426950408889634
@@ -186,7 +187,8 @@ class RotaryAttention(torch.autograd.Function):
         out = qkv.new_empty(batch, length, heads, width)
         logarithm = qkv.new_empty(batch, heads, length, dtype=torch.float32)
         rows, columns, warps, stages = _FORWARD
-        _forward[(batch * heads, triton.cdiv(length, rows))](
+        launch(
+            _forward, (batch * heads, triton.cdiv(length, rows)),
             rotated, qkv, out, logarithm, length,
             scale=width**-0.5 * _BASE_2, heads=heads, kv_heads=kv_heads, width=width,
             rows=rows, columns=columns, stages=stages, num_warps=warps,
@@ -203,13 +205,15 @@ class RotaryAttention(torch.autograd.Function):
         batch, length, _, width = qkv.shape
         along, to_qkv = torch.empty_like(logarithm), torch.empty_like(qkv)
         rows, columns, warps, stages = _TO_QUERIES
-        _to_queries[(batch * ctx.heads, triton.cdiv(length, rows))](
+        launch(
+            _to_queries, (batch * ctx.heads, triton.cdiv(length, rows)),
             rotated, qkv, cosine, sine, out, logarithm, gradient, along, to_qkv, length,
             scale=width**-0.5 * _BASE_2, root=width**-0.5, heads=ctx.heads, kv_heads=ctx.kv_heads, width=width,
             rows=rows, columns=columns, stages=stages, num_warps=warps,
         )  # fmt: skip
         rows, columns, warps, stages = _TO_KEYS
-        _to_keys[(batch * ctx.kv_heads, triton.cdiv(length, rows))](
+        launch(
+            _to_keys, (batch * ctx.kv_heads, triton.cdiv(length, rows)),
             rotated, qkv, cosine, sine, logarithm, gradient, along, to_qkv, length,
             scale=width**-0.5 * _BASE_2, root=width**-0.5, heads=ctx.heads, kv_heads=ctx.kv_heads, width=width,
             rows=rows, columns=columns, stages=stages, num_warps=warps,

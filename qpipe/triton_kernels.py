@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qpipe.triton_launch import launch
+
 _LANES, _NUMBERS = 1024, 8
 """Logits read at a time: so many runs of eight neighbours; the numbers of a run lie in one thread."""
 
@@ -69,7 +71,8 @@ def softmax_gradient_(logits: Tensor, targets: Tensor, scale: float) -> Tensor:
     rows, columns = logits.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
     lanes = min(_LANES, max(32, triton.next_power_of_2(columns) // _NUMBERS))
-    _softmax_gradient[(rows,)](
+    launch(
+        _softmax_gradient, (rows,),
         logits, targets, losses, scale, columns=columns, lanes=lanes, numbers=_NUMBERS,
         num_warps=max(1, min(_WARPS, lanes // 64)),
     )  # fmt: skip
@@ -120,9 +123,10 @@ class SwiGLU(torch.autograd.Function):
         out = gate_up.new_empty(*gate_up.shape[:-1], width)
         mean_square = gate_up.new_empty(gate_up.shape[:-1] if measured else 0, dtype=torch.float32)
         rows, (block, tile, warps) = out.numel() // width, row_tiles(width, _SWIGLU_NUMBERS, _SWIGLU_PER_WARP)
-        _swiglu_forward[(triton.cdiv(rows, tile),)](
-            gate_up, out, mean_square if measured else None, rows, width=width, block=block, tile=tile, num_warps=warps
-        )
+        launch(
+            _swiglu_forward, (triton.cdiv(rows, tile),),
+            gate_up, out, mean_square if measured else None, rows, width=width, block=block, tile=tile, num_warps=warps,
+        )  # fmt: skip
         ctx.save_for_backward(gate_up)
         ctx.mark_non_differentiable(mean_square)
         return out, mean_square
@@ -135,9 +139,10 @@ class SwiGLU(torch.autograd.Function):
         width = gradient.shape[-1]
         out = torch.empty_like(gate_up)
         rows, (block, tile, warps) = gradient.numel() // width, row_tiles(width, _SWIGLU_NUMBERS, _SWIGLU_PER_WARP)
-        _swiglu_backward[(triton.cdiv(rows, tile),)](
-            gate_up, gradient, out, rows, width=width, block=block, tile=tile, num_warps=warps
-        )
+        launch(
+            _swiglu_backward, (triton.cdiv(rows, tile),),
+            gate_up, gradient, out, rows, width=width, block=block, tile=tile, num_warps=warps,
+        )  # fmt: skip
         return out, None
 
 
@@ -175,7 +180,7 @@ class Embedding(torch.autograd.Function):
         width = gradient.shape[-1]
         total = torch.zeros(ctx.words, width, dtype=torch.float32, device=gradient.device)
         grid = (tokens.numel(), triton.cdiv(width, _BLOCK))
-        _add_rows[grid](gradient, tokens, total, width, block=min(_BLOCK, triton.next_power_of_2(width)))
+        launch(_add_rows, grid, gradient, tokens, total, width, block=min(_BLOCK, triton.next_power_of_2(width)))
         return total.to(ctx.dtype), None
 
 
@@ -193,6 +198,6 @@ def times_(numbers: Tensor, factor: Tensor) -> Tensor:
 
     With a factor of 1, which is that of a loss taken in one go, nothing is read or written.
     """
-    _times[(triton.cdiv(numbers.numel(), 4 * _BLOCK),)](numbers, factor, numbers.numel(), block=4 * _BLOCK)
+    launch(_times, (triton.cdiv(numbers.numel(), 4 * _BLOCK),), numbers, factor, numbers.numel(), block=4 * _BLOCK)
     torch.autograd.graph.increment_version(numbers)  # a second backward pass is told, as after any change in place
     return numbers

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qpipe.triton_kernels import row_tiles
+from qpipe.triton_launch import launch
 
 _NUMBERS, _PER_WARP = 2048, 512
 """Numbers that a program handles at a time, as whole rows where they are shorter, and a warp of it: forward."""
@@ -71,13 +72,16 @@ def _backward(  # type: ignore[no-untyped-def]
         place = row.to(tl.int64) * width + column
         x = tl.load(summed + place, mask=inside, other=0.0).to(tl.float32)
         incoming = tl.load(to_normed + place, mask=inside, other=0.0).to(tl.float32)
-        passed = tl.load(to_out + place, mask=inside, other=0.0).to(tl.float32)
+        if to_out is not None:
+            passed = tl.load(to_out + place, mask=inside, other=0.0).to(tl.float32)
         scale = tl.rsqrt(tl.sum(x * x, 1) / width + epsilon)[:, None]
         x *= scale
         total += incoming * x
         incoming *= gain
         along = tl.sum(incoming * x, 1)[:, None] / width
-        gradient = passed + (incoming - x * along) * scale
+        gradient = (incoming - x * along) * scale
+        if to_out is not None:
+            gradient += passed
         tl.store(to_residual + place, gradient.to(to_residual.dtype.element_ty), mask=inside)
         if to_update is not None:
             tl.store(to_update + place, gradient.to(to_update.dtype.element_ty), mask=inside)
@@ -100,9 +104,10 @@ def _summed(parts: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the sum of contiguous rows (programs, width): the library's takes several times as long for so few."""
     rows, width = parts.shape
     total = torch.empty(width, dtype=dtype, device=parts.device)
-    _sum_rows[(triton.cdiv(width, _SUM_COLUMNS),)](
-        parts, total, rows, width=width, block=_SUM_COLUMNS, tile=_SUM_ROWS, stages=2, num_warps=8
-    )
+    launch(
+        _sum_rows, (triton.cdiv(width, _SUM_COLUMNS),),
+        parts, total, rows, width=width, block=_SUM_COLUMNS, tile=_SUM_ROWS, stages=2, num_warps=8,
+    )  # fmt: skip
     return total
 
 
@@ -134,20 +139,25 @@ class AddNorm(torch.autograd.Function):
         normed = torch.empty_like(residual, dtype=dtype)
         mean_square = residual.new_empty(residual.shape[:-1] if measured else 0, dtype=torch.float32)
         block, tile, warps = row_tiles(width, _NUMBERS, _PER_WARP)
-        _forward[(triton.cdiv(rows, tile),)](
+        launch(
+            _forward, (triton.cdiv(rows, tile),),
             residual, update, weight, out, normed, mean_square if measured else None, rows,
             epsilon=epsilon, width=width, block=block, tile=tile, num_warps=warps,
         )  # fmt: skip
         ctx.save_for_backward(out, weight)
         ctx.epsilon, ctx.update_dtype = epsilon, None if update is None else update.dtype
         ctx.mark_non_differentiable(mean_square)
+        if not torch.compiler.is_compiling():
+            ctx.set_materialize_grads(False)  # nobody reads what the last norm adds up: no zeros are written and read
         return out, normed, mean_square
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, Tensor, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor, None, None, None]:
         """Return the gradients of residual, update and weight."""
         out, weight = ctx.saved_tensors
-        to_out, to_normed = (gradient.contiguous() for gradient in gradients[:2])
+        to_out, to_normed = (None if gradient is None else gradient.contiguous() for gradient in gradients[:2])
+        if to_normed is None:  # somebody took the sum alone
+            to_normed = torch.zeros_like(out)
         width = out.shape[-1]
         rows = out.numel() // width
         numbers, per_warp, most, stages = _BACK_NARROW if width <= _NARROW else _BACK_WIDE
@@ -156,7 +166,8 @@ class AddNorm(torch.autograd.Function):
         to_residual = torch.empty_like(out)
         to_update = None if ctx.update_dtype is None else torch.empty_like(out, dtype=ctx.update_dtype)
         to_weight = torch.empty(programs, width, dtype=torch.float32, device=out.device)
-        _backward[(programs,)](
+        launch(
+            _backward, (programs,),
             out, weight, to_out, to_normed, to_residual, to_update, to_weight, rows,
             epsilon=ctx.epsilon, width=width, block=block, tile=tile, stages=stages, num_warps=warps,
         )  # fmt: skip

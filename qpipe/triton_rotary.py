@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qpipe.triton_launch import launch
+
 _NUMBERS = 512
 """Numbers per half of a head that a program handles at a time."""
 
@@ -73,7 +75,8 @@ def _launch(parts: list[Tensor], out: Tensor, cosine: Tensor, sine: Tensor, *, b
     batch, length, heads, width = query.shape
     block = triton.next_power_of_2(width // 2)
     tile = max(1, _NUMBERS // block)
-    _rotary[(triton.cdiv(batch * length, tile),)](
+    launch(
+        _rotary, (triton.cdiv(batch * length, tile),),
         query, query.stride(0), query.stride(1), query.stride(2),
         key, key.stride(0), key.stride(1), key.stride(2),
         value, value.stride(0), value.stride(1), value.stride(2),

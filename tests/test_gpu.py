@@ -1,5 +1,7 @@
 """What differs on a GPU from the plain path: captured steps and their AdamW, selection without a sort."""
 
+import contextlib
+
 import pytest
 import torch
 from training_cases import small_run, small_shape
@@ -96,6 +98,41 @@ def test_compiled_and_captured_steps_equal_plain_steps(name: str, monkeypatch: p
     captured = train(name, monkeypatch, capture=True, compiled=True)
     # A fused kernel rounds to bfloat16 less often, and a number near a border may take the other level.
     assert captured[::2] == pytest.approx(plain[::2], rel=1e-2)
+
+
+@on_gpu
+@pytest.mark.parametrize("name", ["dense", "w4a4", "w4"])
+def test_a_rehearsed_step_runs_no_kernel_and_leaves_none_to_compile(name: str):
+    import triton
+
+    from qpipe.triton_kernels import times_
+    from qpipe.triton_launch import Rehearsal
+
+    run = small_run(name, width=256, feed_forward=512)  # of no other test: nothing is compiled yet
+    model = Decoder(run.shape, run.format_spec)
+    model.initialize(0)
+    model.cuda()
+    tokens = torch.randint(0, run.shape.vocab_size, (3, run.shape.context + 1)).cuda()
+
+    def compiled_by(take: bool) -> int:
+        names: list[object] = []
+        triton.knobs.runtime.jit_post_compile_hook = lambda *args, **kwargs: names.append(kwargs)
+        try:
+            how = contextlib.nullcontext() if take else Rehearsal(torch.device("cuda", 0))
+            with torch.autocast("cuda", torch.bfloat16), how:
+                model.loss(tokens[:, :-1], tokens[:, 1:]).backward()
+        finally:
+            triton.knobs.runtime.jit_post_compile_hook = None
+        return len(names)
+
+    assert compiled_by(take=False) > 5
+    assert compiled_by(take=True) == 0
+    numbers, factor = torch.ones(100, device="cuda"), torch.full((), 3.0, device="cuda")
+    with Rehearsal(torch.device("cuda", 0)):
+        times_(numbers, factor)
+    assert numbers.sum().item() == 100
+    times_(numbers, factor)
+    assert numbers.sum().item() == 300
 
 
 @on_gpu

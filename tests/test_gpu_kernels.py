@@ -69,7 +69,8 @@ def test_swiglu(width: int):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [6, 160, 640, 5000])
 @pytest.mark.parametrize("updated", [True, False])
-def test_sum_and_norm(dtype: torch.dtype, width: int, updated: bool):
+@pytest.mark.parametrize("read", ["both", "sum", "normed"])
+def test_sum_and_norm(dtype: torch.dtype, width: int, updated: bool, read: str):
     from qpipe.triton_norm import AddNorm
 
     torch.manual_seed(0)
@@ -77,11 +78,13 @@ def test_sum_and_norm(dtype: torch.dtype, width: int, updated: bool):
     incoming = [torch.randn(3, 700, width), torch.randn(3, 700, width).to(dtype)]
     leaves = [tensor.cuda().requires_grad_() for tensor in given]
     results = AddNorm.apply(leaves[0], leaves[1] if updated else None, leaves[2], 1e-5, dtype, True)
-    torch.autograd.backward(results[:2], [gradient.cuda() for gradient in incoming])
+    of = {"both": slice(2), "sum": slice(1), "normed": slice(1, 2)}[read]
+    torch.autograd.backward(results[of], [gradient.cuda() for gradient in incoming[of]])
     exact = [tensor.double().requires_grad_() for tensor in given]
     total = exact[0] + exact[1] if updated else exact[0]
     expected = total, torch.nn.functional.rms_norm(total, (width,), exact[2], 1e-5)
-    torch.autograd.backward(expected, [gradient.double() for gradient in incoming])
+    torch.autograd.backward(expected[of], [gradient.double() for gradient in incoming[of]])
+    exact[2].grad = torch.zeros_like(exact[2]) if exact[2].grad is None else exact[2].grad
     coarse = 1e-5 if dtype == torch.float32 else 2**-7
     assert torch.allclose(results[0].cpu().double(), expected[0], rtol=1e-5, atol=1e-5)
     assert torch.allclose(results[1].cpu().double(), expected[1], rtol=coarse, atol=1e-5)
@@ -121,7 +124,17 @@ def test_rotary_positions(dtype: torch.dtype, sizes: tuple[int, int, int, int, i
 
 @on_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("sizes", [(2, 70, 3, 1, 32), (3, 512, 5, 5, 32), (2, 300, 4, 2, 64), (1, 1000, 2, 2, 64)])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (2, 70, 3, 1, 32),
+        (3, 512, 5, 5, 32),
+        (2, 300, 4, 2, 64),
+        (1, 1000, 2, 2, 64),
+        (3, 512, 5, 5, 128),
+        (2, 70, 2, 2, 128),
+    ],
+)
 def test_attention_of_small_heads(dtype: torch.dtype, sizes: tuple[int, int, int, int, int]):
     batch, length, heads, kv_heads, width = sizes
     torch.manual_seed(0)

@@ -13,7 +13,7 @@ LAYERS = {
     " study_errors study_parts finetune_config ptq_config ptq_methods"
     " workflow resources slurm status leases warm offline_log file_digests memory",
     1: "attention corpus compress cpu_functions cross_entropy model laws front huggingface quantized_llama splits"
-    " triton_adamw triton_attention triton_kernels triton_norm triton_rotary",
+    " triton_adamw triton_attention triton_kernels triton_launch triton_norm triton_rotary",
     2: "train ptq report quality harness",
     3: "cli __main__",
 }

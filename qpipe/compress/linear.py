@@ -148,6 +148,13 @@ class CompressedLinear(nn.Module):
             return product_with(x, self.weight, self.rounded)
         return functional.linear(x, self._product_weight(x), self.bias)
 
+    @property
+    def needs_compiler(self) -> bool:
+        """Whether `compile` has something to compile: no kernel of our own represents it, and it is not noise."""
+        parts = (self._weights, self.has_weight_kernel), (self._activations, self.reads_mean_square)
+        given = [part for part, has_kernel in parts if part is not None and not has_kernel]
+        return any(part.mask is not None if part.grid is None else part.grid.family != "noise" for part in given)
+
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile what represents weights and inputs where no kernel of our own does; arguments of `torch.compile`.
 

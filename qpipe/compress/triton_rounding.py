@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qpipe.triton_kernels import row_tiles
+from qpipe.triton_launch import launch
 
 BITS = 16
 """Numbers whose gates make a word: one of every so many neighbours, so that they lie in one thread after a product."""
@@ -185,7 +186,9 @@ def mean_squares(x: Tensor) -> Tensor:
     rows, width = x.shape
     out = torch.empty(rows, dtype=torch.float32, device=x.device)
     block, tile, warps = row_tiles(width, _MEAN_NUMBERS, _MEAN_PER_WARP)
-    _mean_squares[(triton.cdiv(rows, tile),)](x, out, rows, width=width, block=block, tile=tile, num_warps=warps)
+    launch(
+        _mean_squares, (triton.cdiv(rows, tile),), x, out, rows, width=width, block=block, tile=tile, num_warps=warps
+    )
     return out
 
 
@@ -219,7 +222,8 @@ class RotateAndRound(torch.autograd.Function):
         tile, warps, span = (_WEIGHT_TILE, _WEIGHT_WARPS, block) if weights else (_TILE, _WARPS, width)
         if weights and mean_square is None:  # several programs share a row
             mean_square = mean_squares(x)
-        _round_rotated[(triton.cdiv(rows, tile), width // span)](
+        launch(
+            _round_rotated, (triton.cdiv(rows, tile), width // span),
             x, hadamard, mean_square, value, gate, rows,
             multiplier=multiplier, top=top, width=width, block=block, tile=tile,
             span=span, back=back, stages=_STAGES, bits=BITS, root=block**-0.5,
@@ -238,7 +242,8 @@ class RotateAndRound(torch.autograd.Function):
         rows, out = gradient.numel() // width, torch.empty_like(gradient, dtype=ctx.dtype)
         weights = ctx.dtype == torch.float32
         tile, warps, span = (_WEIGHT_TILE, _WEIGHT_WARPS, block) if weights else (_BACK_TILE, _BACK_WARPS, width)
-        _rotate_gated[(triton.cdiv(rows, tile), width // span)](
+        launch(
+            _rotate_gated, (triton.cdiv(rows, tile), width // span),
             gradient, hadamard, gate, out, rows,
             width=width, block=block, tile=tile, span=span, back=ctx.back, stages=_BACK_STAGES, bits=BITS,
             root=block**-0.5, num_warps=warps,

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from qpipe.compress.rotation import hadamard
 from qpipe.compress.triton_rounding import BITS, load_matrix, mean_of_squares, rotate_gated_blocks, round_blocks
+from qpipe.triton_launch import launch
 
 _TILE, _WARPS, _STAGES = 64, 4, 2
 """Rows of a program, its warps, and blocks on their way from memory at a time."""
@@ -108,14 +109,15 @@ class RoundedWeights:
 
     def round(self) -> None:
         """Write the copies and the gates."""
-        _round[(len(self._table),)](
+        launch(
+            _round, (len(self._table),),
             self._table, self._signs, multiplier=self._multiplier, top=self._top,
             copies=self._copies_type, **self._constants(),
         )  # fmt: skip
 
     def finish(self) -> None:
         """Turn gradients of the copies, which lie where the weights' belong, into gradients of the weights."""
-        _finish[(len(self._table),)](self._table, self._signs, **self._constants())
+        launch(_finish, (len(self._table),), self._table, self._signs, **self._constants())
 
     def fill(self) -> None:
         """Write into the table where the gradients lie, each contiguous, in float32."""

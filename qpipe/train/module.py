@@ -8,9 +8,13 @@ Random numbers that a representation draws in a step (noise, Quant-Noise) come f
 so they need no place in a checkpoint.
 """
 
+import importlib
+import threading
+
 import torch
 from torch import Tensor
 
+from qpipe.compress import CompressedLinear
 from qpipe.memory import sequences_at_once
 from qpipe.model import Decoder
 from qpipe.runs import Run
@@ -18,7 +22,7 @@ from qpipe.train.data import Batches, BatchStream
 from qpipe.train.history import History
 from qpipe.train.lightning_import import lightning
 from qpipe.train.shards import is_sharded, unsharded
-from qpipe.train.step import TrainingStep, make_optimizer
+from qpipe.train.step import TrainingStep, make_optimizer, switched_on
 
 
 class TrainingModule(lightning.LightningModule):
@@ -39,6 +43,8 @@ class TrainingModule(lightning.LightningModule):
         self.automatic_optimization = False
         self.run, self.batches, self.history = run, batches, history
         self.model = Decoder(run.shape, run.format_spec)
+        if torch.cuda.is_available():
+            _import_compiler(self.model)
         self.model.initialize(run.seed)
         self.micro_batch = sequences_at_once(run.shape, run.training.batch_sequences)
         self.stream: BatchStream | None = None
@@ -86,3 +92,10 @@ class TrainingModule(lightning.LightningModule):
         self.step.release()
         if is_sharded(self.model):
             self.model = unsharded(self.model, self.run.format_spec)
+
+
+def _import_compiler(model: Decoder) -> None:
+    """Import the compiler on the side, if steps of this model need it: it takes a second, and so do weights."""
+    layers = (layer for layer in model.blocks.modules() if isinstance(layer, CompressedLinear))
+    if any(layer.needs_compiler for layer in layers) and switched_on("QPIPE_COMPILE", True):
+        threading.Thread(target=importlib.import_module, args=("torch._inductor.compile_fx",)).start()

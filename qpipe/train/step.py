@@ -144,16 +144,32 @@ class TrainingStep:
     def _prepare(self, tokens: Tensor, optimizer: ReplayedAdamW) -> None:
         """Make ready on the first step of an attempt."""
         optimizer.make_ready(self.device, capturable=self.capturing)
-        if not self.compiling:
-            return
-        with torch.no_grad():  # what the first pass finds (trained scales, tables of levels) is not to be compiled
-            self.model.hidden(tokens[: self.micro_batch, :-1].long())
+        tokens = tokens[: self.micro_batch].long()
         if self.capturing:
-            for layer in self.model.blocks.modules():
-                if isinstance(layer, CompressedLinear):
+            self._rehearse(tokens)
+        elif self.compiling:
+            self._look_round(tokens)
+            compile_model(self.model)
+
+    def _rehearse(self, tokens: Tensor) -> None:
+        """Have all that a step needs compiled, kernels of our own many at a time, without taking a step."""
+        from qpipe.triton_launch import Rehearsal  # there is a GPU
+
+        layers = [layer for layer in self.model.blocks.modules() if isinstance(layer, CompressedLinear)]
+        if not all(layer.scales_ready for layer in layers):
+            self._look_round(tokens)
+        with Rehearsal(self.device):
+            if layers and self.compiling:
+                self._look_round(tokens)
+                for layer in layers:
                     layer.compile()  # layers share what is compiled
-            return
-        compile_model(self.model)
+            self.model.loss(tokens[:, :-1], tokens[:, 1:]).backward()
+        self.model.zero_grad()
+
+    @torch.no_grad()
+    def _look_round(self, tokens: Tensor) -> None:
+        """Let the model find what it finds in its first pass (trained scales, tables of levels): not to be compiled."""
+        self.model.hidden(tokens[:, :-1])
 
     def _gradients(self, tokens: Tensor, backward: Callable[[Tensor], None]) -> tuple[Tensor, Tensor]:
         """Accumulate the gradient of the mean loss over the sequences and clip it; return loss and norm."""
