@@ -182,10 +182,16 @@ def time_lightning(run: Run, options: argparse.Namespace) -> tuple[Clock, float]
 def leave_out(names: Sequence[str] = KERNELS) -> None:
     """Replace kernels of our own by what they stand for, in this process."""
 
-    def plain_norms(model: Decoder, features: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    def plain_norms(model: Decoder, tokens: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        features = F.embedding(tokens, model.embedding.weight)
         for block in model.blocks:
             features = block(features, cosine, sine)
         return model.norm(features)
+
+    def plain_embedding(
+        embedding: Tensor, tokens: Tensor, weight: Tensor, epsilon: float, measured: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        return qpipe.model.add_norm(F.embedding(tokens, embedding), None, weight, epsilon, measured)
 
     def plain_parts(qkv: Tensor, cosine: Tensor, sine: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, ...]:
         query_key, value = qkv.split([heads + kv_heads, kv_heads], dim=2)
@@ -199,10 +205,10 @@ def leave_out(names: Sequence[str] = KERNELS) -> None:
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up, None
 
-    def plain_loss(logits: Tensor, target: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    def plain_gradient(logits: Tensor, target: Tensor, scale: float, losses: Tensor) -> Tensor:
         probability = torch.softmax(logits.float(), dim=-1)
-        loss = -probability.gather(1, target).log().sum()
-        return loss, (probability.scatter_add_(1, target, -torch.ones_like(probability[:, :1])) * scale).to(logits)
+        losses.copy_(-probability.gather(1, target)[:, 0].log())
+        return (probability.scatter_add_(1, target, -torch.ones_like(probability[:, :1])) * scale).to(logits)
 
     changes: dict[str, tuple[Any, str, Any]] = {
         "norm": (Decoder, "_hidden_with_joined_norms", plain_norms),
@@ -211,8 +217,8 @@ def leave_out(names: Sequence[str] = KERNELS) -> None:
         "rounding": (qpipe.compress.linear, "_has_kernel", lambda *_: False),
         "head": (qpipe.cross_entropy, "_add_product", plain_product),
         "swiglu": (qpipe.model, "swiglu", plain_swiglu),
-        "softmax": (qpipe.cross_entropy, "_loss_and_gradient", plain_loss),
-        "embedding": (qpipe.model, "embed", F.embedding),
+        "softmax": (qpipe.cross_entropy, "_gradient", plain_gradient),
+        "embedding": (qpipe.model, "embed_norm", plain_embedding),
         "product": (qpipe.compress.dense.DenseLinear, "forward", nn.Linear.forward),
     }
     for name in names:

@@ -56,19 +56,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             features, head = hidden.to(dtype), weight.to(dtype) if rounded is None else rounded
             rows = chunk_rows(hidden.device, weight.shape[0])
-            loss = hidden.new_zeros((), dtype=torch.float32)
+            losses = torch.empty(len(features), dtype=torch.float32, device=hidden.device)
             hidden_gradient = torch.empty_like(features)
             weight_gradient = torch.empty_like(weight)
             for start in range(0, len(features), rows):
-                part, target = features[start : start + rows], targets[start : start + rows, None]
-                part_loss, gradient = _loss_and_gradient(part @ head.T, target, 1 / len(features))
-                loss += part_loss
-                torch.mm(gradient, head, out=hidden_gradient[start : start + rows])
+                chunk = slice(start, start + rows)
+                part, target = features[chunk], targets[chunk, None]
+                gradient = _gradient(part @ head.T, target, 1 / len(features), losses[chunk])
+                torch.mm(gradient, head, out=hidden_gradient[chunk])
                 _add_product(weight_gradient, gradient, part, first=start == 0)
                 del gradient  # so that the next chunk of logits takes its place
         ctx.save_for_backward(hidden_gradient, weight_gradient)
         ctx.dtype = hidden.dtype
-        return loss / len(features)
+        return losses.mean()
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
@@ -77,21 +77,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return times(hidden_gradient.to(ctx.dtype), outputs[0]), times(weight_gradient, outputs[0]), None, None
 
 
-def _loss_and_gradient(logits: Tensor, target: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Return the summed cross-entropy of logits (M, V) against classes (M, 1), and `scale` times its gradient.
+def _gradient(logits: Tensor, target: Tensor, scale: float, losses: Tensor) -> Tensor:
+    """Put cross-entropies of logits (M, V) and classes (M, 1) into `losses` (M); return `scale` times their gradient.
 
     The logits may be overwritten.
     """
     if logits.is_cuda:
-        return triton_kernels.softmax_gradient_(logits, target, scale), logits
+        triton_kernels.softmax_gradient_(logits, target, scale, losses)
+        return logits
     if logits.dtype == torch.float32:  # in place: a row is read twice, for its sum and then number by number
         log_probability = torch.log_softmax(logits, dim=-1, out=logits)
     else:
         log_probability = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
-    loss = -log_probability.gather(1, target).sum()
+    torch.neg(log_probability.gather(1, target)[:, 0], out=losses)
     gradient = log_probability.exp_()
     gradient.scatter_add_(1, target, gradient.new_full((), -1.0).expand_as(target))
-    return loss, gradient.mul_(scale).to(logits.dtype)
+    return gradient.mul_(scale).to(logits.dtype)
 
 
 def _add_product(total: Tensor, gradient: Tensor, part: Tensor, *, first: bool) -> None:

@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 from qpipe import cpu_functions
 from qpipe.attention import causal_attention, rotary_tables
 from qpipe.compress import CompressedLinear, make_linear
-from qpipe.compress.dense import DenseLinear
+from qpipe.compress.dense import DenseLinear, product_dtype
 from qpipe.cross_entropy import chunk_rows, linear_cross_entropy
 from qpipe.formats import Representation
 from qpipe.recipe import ModelShape
@@ -109,22 +109,26 @@ class Decoder(nn.Module):
 
     def hidden(self, tokens_BT: Tensor) -> Tensor:
         """Return the normed features (B, T, D) that the head reads."""
-        features: Tensor = self.embedding(tokens_BT)  # as a module: a hook starts the gradients of `qpipe.ptq` here
         length = tokens_BT.shape[1]
         cosine, sine = self.cosine[:length], self.sine[:length]
-        joinable = features.is_cuda or cpu_functions.fits(features)
+        joinable = self.embedding.weight.is_cuda or cpu_functions.fits(self.embedding.weight)
         if joinable and torch.is_grad_enabled() and self.joins_norms:
-            return self._hidden_with_joined_norms(features, cosine, sine)
+            return self._hidden_with_joined_norms(tokens_BT, cosine, sine)
+        features = self.embedding(tokens_BT)
         for block in self.blocks:
             features = block(features, cosine, sine)
         return self.norm(features)
 
-    def _hidden_with_joined_norms(self, features: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    def _hidden_with_joined_norms(self, tokens: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
         """The same features, where each sum into the residual is taken together with the norm that reads it."""
         blocks: list[Any] = list(self.blocks)
         norms = [*(block.attention_norm.weight for block in blocks), self.norm.weight]
+        rows, epsilon = self.embedding.weight, self.shape.norm_epsilon
         measured = reads_mean_square(blocks[0].attention.qkv)
-        features, normed, mean_square = add_norm(features, None, norms[0], self.shape.norm_epsilon, measured)
+        if rows.is_cuda and rows.requires_grad:
+            features, normed, mean_square = embed_norm(rows, tokens, norms[0], epsilon, measured)
+        else:  # the embedding as a module: where weights are fixed a hook starts gradients there (`qpipe.ptq`)
+            features, normed, mean_square = add_norm(self.embedding(tokens), None, norms[0], epsilon, measured)
         for block, next_norm in zip(blocks, norms[1:], strict=True):
             features, normed, mean_square = block(features, cosine, sine, normed, mean_square, next_norm)
         return normed
@@ -204,11 +208,7 @@ def add_norm(
     GPUs and where that is to be `measured`, the mean square of the latter (B, T).
     """
     assert epsilon is not None
-    device = residual.device.type
-    if update is not None:
-        dtype = update.dtype
-    else:
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else residual.dtype
+    dtype = product_dtype(residual) if update is None else update.dtype
     if residual.is_cuda:
         total, normed, mean_square = triton_norm.AddNorm.apply(residual, update, weight, epsilon, dtype, measured)
         return total, normed, mean_square if measured else None
@@ -216,6 +216,15 @@ def add_norm(
         return (*cpu_functions.AddNorm.apply(residual, update, weight, epsilon), None)
     residual = residual if update is None else residual + update
     return residual, F.rms_norm(residual, weight.shape, weight, epsilon).to(dtype), None
+
+
+def embed_norm(
+    embedding: Tensor, tokens: Tensor, weight: Tensor, epsilon: float, measured: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the rows (B, T, D) of tokens (B, T) in an embedding (V, D) on a GPU, and what `add_norm` makes of them."""
+    dtype = product_dtype(embedding)
+    features, normed, mean_square = triton_norm.EmbedNorm.apply(embedding, tokens, weight, epsilon, dtype, measured)
+    return features, normed, mean_square if measured else None
 
 
 def reads_mean_square(layer: nn.Linear | CompressedLinear) -> bool:

@@ -66,17 +66,17 @@ def _softmax_gradient(  # type: ignore[no-untyped-def]
     tl.store(logits + target, gradient.to(logits.dtype.element_ty))
 
 
-def softmax_gradient_(logits: Tensor, targets: Tensor, scale: float) -> Tensor:
-    """Return the summed cross-entropy of logits (M, V) against classes (M,); put `scale` times its gradient there."""
+def softmax_gradient_(logits: Tensor, targets: Tensor, scale: float, losses: Tensor) -> None:
+    """Put the cross-entropies of logits (M, V) and classes (M) into `losses` (M), float32, and over the logits `scale`
+    times their gradient.
+    """
     rows, columns = logits.shape
-    losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
     lanes = min(_LANES, max(32, triton.next_power_of_2(columns) // _NUMBERS))
     launch(
         _softmax_gradient, (rows,),
         logits, targets, losses, scale, columns=columns, lanes=lanes, numbers=_NUMBERS,
         num_warps=max(1, min(_WARPS, lanes // 64)),
     )  # fmt: skip
-    return losses.sum()
 
 
 @triton.jit

@@ -9,7 +9,7 @@ from qpipe.compress.prepare import prepare
 from qpipe.compress.rotation import hadamard
 from qpipe.cross_entropy import CHUNK_ELEMENTS, linear_cross_entropy
 from qpipe.formats import resolve
-from qpipe.model import embed, swiglu
+from qpipe.model import embed, embed_norm, swiglu
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -24,10 +24,11 @@ def test_softmax_gradient(dtype: torch.dtype, rows: int, classes: int):
     logits = torch.randn(rows, classes, device="cuda").to(dtype)
     target = torch.randint(classes, (rows, 1), device="cuda")
     leaf = logits.double().requires_grad_()
-    expected = torch.nn.functional.cross_entropy(leaf, target[:, 0], reduction="sum")
-    expected.backward()
-    loss = softmax_gradient_(logits, target, 0.25)
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    expected = torch.nn.functional.cross_entropy(leaf, target[:, 0], reduction="none")
+    expected.sum().backward()
+    losses = torch.empty(rows, device="cuda")
+    softmax_gradient_(logits, target, 0.25, losses)
+    assert torch.allclose(losses.double(), expected, rtol=1e-5)
     assert torch.allclose(logits.double(), leaf.grad * 0.25, atol=1e-6 if dtype == torch.float32 else 1e-3)
 
 
@@ -93,6 +94,31 @@ def test_sum_and_norm(dtype: torch.dtype, width: int, updated: bool, read: str):
     assert torch.allclose(leaves[2].grad.cpu().double(), exact[2].grad, rtol=1e-4, atol=1e-3)
     if updated:
         assert torch.allclose(leaves[1].grad.cpu().double(), exact[1].grad, rtol=coarse, atol=1e-5)
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [6, 160, 640, 5000])
+def test_embedding_and_norm(dtype: torch.dtype, width: int):
+    torch.manual_seed(0)
+    table, weight, tokens = torch.randn(50, width), torch.rand(width) + 0.5, torch.randint(0, 50, (3, 700))
+    tokens[0, :300] = 7  # many times the same word
+    incoming = [torch.randn(3, 700, width), torch.randn(3, 700, width).to(dtype)]
+    leaves = [tensor.cuda().requires_grad_() for tensor in (table, weight)]
+    with torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        rows, normed, mean_square = embed_norm(leaves[0], tokens.cuda(), leaves[1], 1e-5, True)
+    torch.autograd.backward([rows, normed], [gradient.cuda() for gradient in incoming])
+    exact = [tensor.double().requires_grad_() for tensor in (table, weight)]
+    embedded = embed(tokens, exact[0])
+    expected = torch.nn.functional.rms_norm(embedded, (width,), exact[1], 1e-5)
+    torch.autograd.backward([embedded, expected], [gradient.double() for gradient in incoming])
+    coarse = 1e-5 if dtype == torch.float32 else 2**-7
+    assert torch.equal(rows.cpu().double(), embedded)
+    assert normed.dtype == dtype
+    assert torch.allclose(normed.cpu().double(), expected, rtol=coarse, atol=1e-5)
+    assert torch.allclose(mean_square.cpu().double(), expected.square().mean(-1), rtol=1e-4)
+    for leaf, reference in zip(leaves, exact, strict=True):
+        assert torch.allclose(leaf.grad.cpu().double(), reference.grad, rtol=1e-4, atol=1e-3)
 
 
 def random_angles(length: int, width: int) -> torch.Tensor:

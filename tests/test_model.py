@@ -257,7 +257,7 @@ def test_sums_joined_with_norms_change_numbers_by_rounding_alone():
     hidden.square().sum().backward()
     gradients = [parameter.grad for parameter in decoder.parameters()]
     decoder.zero_grad()
-    joined = decoder._hidden_with_joined_norms(decoder.embedding(tokens), decoder.cosine, decoder.sine)
+    joined = decoder._hidden_with_joined_norms(tokens, decoder.cosine, decoder.sine)
     joined.square().sum().backward()
     torch.testing.assert_close(joined, hidden)
     for parameter, gradient in zip(decoder.parameters(), gradients, strict=True):

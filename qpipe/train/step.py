@@ -179,14 +179,15 @@ class TrainingStep:
 
     def _accumulate(self, tokens: Tensor, backward: Callable[[Tensor], None]) -> Tensor:
         """Accumulate the gradient of the mean loss over the sequences; return the loss."""
-        total = torch.zeros((), device=tokens.device)
+        losses = []
         for part in tokens.long().split(self.micro_batch):
-            loss = self.model.loss(part[:, :-1], part[:, 1:]) * (len(part) / len(tokens))
+            loss = self.model.loss(part[:, :-1], part[:, 1:])
+            loss = loss if len(part) == len(tokens) else loss * (len(part) / len(tokens))
             backward(loss)
-            total += loss.detach()
+            losses.append(loss.detach())
         if self._weights is not None:
             self._weights.finish()
-        return total
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     def _capture(self, tokens: Tensor, optimizer: ReplayedAdamW, backward: Callable[[Tensor], None]) -> None:
         """Record one step, without taking it."""
