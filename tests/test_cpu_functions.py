@@ -2,6 +2,9 @@
 
 import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -74,3 +77,55 @@ def test_compiled_step_equals_the_plain_one(representation: str) -> None:
         results.append([loss.detach(), *(parameter.grad for parameter in decoder.parameters())])
     for plain, found in zip(*results, strict=True):
         torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-6)
+
+
+_THREE_STEPS = """
+import sys
+import torch
+import qpipe.train.step
+from qpipe.model import Decoder
+from qpipe.train.step import TrainingStep, make_optimizer
+from training_cases import small_run
+
+qpipe.train.step.LONG_RUN = float(sys.argv[1])
+run = small_run("w4a4", steps=3)
+model = Decoder(run.shape, run.format_spec)
+model.initialize(0)
+step, optimizer = TrainingStep(model, run, 4, single=True), make_optimizer(model, run.training)
+print(step.compiling)
+for number in range(3):
+    generator = torch.Generator().manual_seed(number)
+    loss, norm = step(torch.randint(0, 64, (8, 17), generator=generator), number, optimizer)
+    print(loss.item(), norm.item())
+"""
+
+
+def three_steps(long_run: float, **environment: str) -> tuple[bool, list[float], str]:
+    """Whether a run is compiled where a long one has so many FLOPs, its losses and norms, and what it says."""
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    known = {key: value for key, value in os.environ.items() if not key.startswith("QPIPE_")}
+    command = [sys.executable, "-c", _THREE_STEPS, str(long_run)]
+    done = subprocess.run(
+        command, env={**known, "PYTHONPATH": path, **environment}, capture_output=True, text=True, check=True
+    )
+    first, *numbers = done.stdout.split()
+    return first == "True", [float(number) for number in numbers], done.stderr
+
+
+def test_a_long_run_without_a_compiler_is_trained_as_a_short_one(tmp_path: Path) -> None:
+    compiled, plain, _ = three_steps(1e30)
+    assert not compiled
+    broken = {"CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    compiled, found, said = three_steps(0, **broken)
+    assert not compiled
+    assert found == plain
+    assert "training without compiling" in said
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler")
+def test_a_long_run_is_compiled() -> None:
+    compiled, found, said = three_steps(0)
+    assert compiled
+    assert "without compiling" not in said
+    assert found == pytest.approx(three_steps(0, QPIPE_COMPILE="0")[1], rel=1e-3)

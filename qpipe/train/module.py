@@ -97,5 +97,5 @@ class TrainingModule(lightning.LightningModule):
 def _import_compiler(model: Decoder) -> None:
     """Import the compiler on the side, if steps of this model need it: it takes a second, and so do weights."""
     layers = (layer for layer in model.blocks.modules() if isinstance(layer, CompressedLinear))
-    if any(layer.needs_compiler for layer in layers) and switched_on("QPIPE_COMPILE", True):
+    if any(layer.needs_compiler for layer in layers) and switched_on("QPIPE_COMPILE", lambda: True):
         threading.Thread(target=importlib.import_module, args=("torch._inductor.compile_fx",)).start()

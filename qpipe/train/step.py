@@ -8,14 +8,17 @@ seed. The kernels are the same ones, so captured and plain steps agree, but for 
 weights of all layers at once (`qpipe.compress.together`), and clips and takes AdamW's step in one launch
 (`qpipe.triton_adamw`; where weights are kept in bfloat16 it stays with torch's).
 
-In a captured step only what represents weights and activations is compiled, and only where it is no kernel of our own:
-dense models and QuEST's formats compile nothing. Blocks are otherwise matrix products and such kernels, for which a
-compiler would add little but its own time before the first step. Where launches are not captured whole blocks are
-compiled. On a CPU nothing is, unless QPIPE_COMPILE=1 asks for it.
+Before the first step a captured one is rehearsed, so that its kernels are compiled side by side
+(`qpipe.triton_launch`). In a captured step only what represents weights and activations is compiled, and only where it
+is no kernel of our own: dense models and QuEST's formats compile nothing. Blocks are otherwise matrix products and such
+kernels, for which a compiler would add little but its own time before the first step. Where launches are not captured
+whole blocks are compiled. On a CPU the way to the loss is compiled as a whole, in runs so long that it pays.
 
 QPIPE_COMPILE=0 and QPIPE_CAPTURE=0 turn compiling and capturing off, to look for trouble.
 """
 
+import functools
+import logging
 import os
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
@@ -36,6 +39,12 @@ from qpipe.train.shards import is_sharded
 
 if TYPE_CHECKING:
     from qpipe.triton_adamw import CapturedAdamW
+
+log = logging.getLogger("qpipe.train")
+
+LONG_RUN = 3e13
+"""FLOPs of a run from which on compiling pays on a CPU: five to fifteen minutes of one core. It takes 6 to 40 s, and
+steps are then 1.1 to 1.5 times as fast."""
 
 _PLAIN_STEPS = 2
 """Steps before capturing: the first compiles and creates the optimizer's state, the second finds all in place."""
@@ -90,8 +99,8 @@ class TrainingStep:
         self.model, self.run, self.micro_batch = model, run, micro_batch
         self.device = next(model.parameters()).device
         on_gpu = self.device.type == "cuda"
-        self.capturing = single and on_gpu and switched_on("QPIPE_CAPTURE", on_gpu)
-        self.compiling = switched_on("QPIPE_COMPILE", on_gpu)
+        self.capturing = single and on_gpu and switched_on("QPIPE_CAPTURE", lambda: on_gpu)
+        self.compiling = switched_on("QPIPE_COMPILE", lambda: on_gpu or (single and _pays_on_a_cpu(run)))
         self.taken = 0
         self._optimizer: ReplayedAdamW | None = None
         self._update: CapturedAdamW | None = None
@@ -229,12 +238,29 @@ def compile_model(model: Decoder) -> None:
             block.compile(dynamic=False)  # blocks are alike: the first is compiled, the others reuse it
 
 
-def switched_on(name: str, default: bool) -> bool:
+def _pays_on_a_cpu(run: Run) -> bool:
+    """Whether compiling takes less time than it saves, and can be done."""
+    return run.flops >= LONG_RUN and compiler_works()
+
+
+@functools.cache
+def compiler_works() -> bool:
+    """Whether functions can be compiled for this CPU: that takes a C++ compiler and Python's headers."""
+    try:
+        torch.compile(torch.square, dynamic=False)(torch.ones(64))
+    except (RuntimeError, OSError) as error:  # the first is the base of what the compiler raises
+        reason = str(error).strip().splitlines()[0]
+        log.warning("training without compiling, which for a run this long would be faster: %s", reason)
+        return False
+    return True
+
+
+def switched_on(name: str, default: Callable[[], bool]) -> bool:
     """Whether a feature is on: as the environment says (0 or 1), by default as told."""
     word = os.environ.get(name, "")
     if word not in ("", "0", "1"):
         raise QpipeError(f"{name}={word}: use 0 or 1, or leave it out")
-    return default if word == "" else word == "1"
+    return default() if word == "" else word == "1"
 
 
 def make_optimizer(model: nn.Module, training: Training) -> ReplayedAdamW:
