@@ -44,6 +44,8 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=1, metavar="K", help="runs trained at a time (1)")
     parser.add_argument("--json", type=Path, help="write the differences here")
     args = parser.parse_args()
+    if args.repeats < 2:
+        parser.error("--repeats: at least 2, since their spread is what differences are compared with")
     with tempfile.TemporaryDirectory(prefix="curves-") as name, ThreadPoolExecutor(args.at_once) as pool:
         jobs = [(run, way, number) for run in args.runs for number in range(args.repeats) for way in WAYS]
         done = pool.map(lambda job: train(*job[:2], Path(name) / job[0].name / f"{job[1]}-{job[2]}", args.tokens), jobs)

@@ -210,19 +210,19 @@ def leave_out(names: Sequence[str] = KERNELS) -> None:
         losses.copy_(-probability.gather(1, target)[:, 0].log())
         return (probability.scatter_add_(1, target, -torch.ones_like(probability[:, :1])) * scale).to(logits)
 
-    changes: dict[str, tuple[Any, str, Any]] = {
-        "norm": (Decoder, "_hidden_with_joined_norms", plain_norms),
-        "attention": (qpipe.attention, "has_kernel", lambda *_: False),
-        "rotary": (qpipe.attention, "rotated_parts", plain_parts),
-        "rounding": (qpipe.compress.linear, "_has_kernel", lambda *_: False),
-        "head": (qpipe.cross_entropy, "_add_product", plain_product),
-        "swiglu": (qpipe.model, "swiglu", plain_swiglu),
-        "softmax": (qpipe.cross_entropy, "_gradient", plain_gradient),
-        "embedding": (qpipe.model, "embed_norm", plain_embedding),
-        "product": (qpipe.compress.dense.DenseLinear, "forward", nn.Linear.forward),
+    changes: dict[str, list[tuple[Any, str, Any]]] = {
+        "norm": [(Decoder, "_hidden_with_joined_norms", plain_norms)],
+        "attention": [(qpipe.attention, "has_kernel", lambda *_: False)],
+        "rotary": [(qpipe.attention, "rotated_parts", plain_parts)],
+        "rounding": [(qpipe.compress.linear, "_has_kernel", lambda *_: False)],
+        "head": [(qpipe.cross_entropy, "_add_product", plain_product)],
+        "swiglu": [(qpipe.model, "swiglu", plain_swiglu)],
+        "softmax": [(qpipe.cross_entropy, "_gradient", plain_gradient)],
+        "embedding": [(qpipe.model, "embed_norm", plain_embedding), (qpipe.model, "embed", F.embedding)],
+        "product": [(qpipe.compress.dense.DenseLinear, "forward", nn.Linear.forward)],
     }
-    for name in names:
-        setattr(*changes[name])
+    for change in (change for name in names for change in changes[name]):
+        setattr(*change)
 
 
 def profile(step: Callable[[int], object], trace: Path) -> str:

@@ -1,6 +1,7 @@
 """Functions of a CPU's training step against autograd in float64, and the compiled step against the plain one."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from training_cases import small_shape
+from training_cases import small_run, small_shape
 
 from qpipe import cpu_functions
 from qpipe.attention import rotary_tables, rotated_parts
 from qpipe.formats import resolve
 from qpipe.model import Decoder, add_norm
-from qpipe.train.step import compile_model
+from qpipe.train import step
 
 
 def gradients(results: tuple[Tensor, ...], leaves: list[Tensor]) -> list[Tensor]:
@@ -71,7 +72,7 @@ def test_compiled_step_equals_the_plain_one(representation: str) -> None:
         decoder = Decoder(small_shape(), resolve(representation))
         decoder.initialize(0)
         if compiled:
-            compile_model(decoder)
+            step.compile_model(decoder)
         loss = decoder.loss(tokens[:, :-1], tokens[:, 1:])
         loss.backward()
         results.append([loss.detach(), *(parameter.grad for parameter in decoder.parameters())])
@@ -80,6 +81,7 @@ def test_compiled_step_equals_the_plain_one(representation: str) -> None:
 
 
 _THREE_STEPS = """
+import logging
 import sys
 import torch
 import qpipe.train.step
@@ -87,8 +89,9 @@ from qpipe.model import Decoder
 from qpipe.train.step import TrainingStep, make_optimizer
 from training_cases import small_run
 
+logging.basicConfig()
 qpipe.train.step.LONG_RUN = float(sys.argv[1])
-run = small_run("w4a4", steps=3)
+run = small_run("w4", steps=3)
 model = Decoder(run.shape, run.format_spec)
 model.initialize(0)
 step, optimizer = TrainingStep(model, run, 4, single=True), make_optimizer(model, run.training)
@@ -112,20 +115,42 @@ def three_steps(long_run: float, **environment: str) -> tuple[bool, list[float],
     return first == "True", [float(number) for number in numbers], done.stderr
 
 
-def test_a_long_run_without_a_compiler_is_trained_as_a_short_one(tmp_path: Path) -> None:
-    compiled, plain, _ = three_steps(1e30)
+@pytest.fixture(scope="module")
+def plain_steps() -> list[float]:
+    compiled, found, said = three_steps(1e30)
     assert not compiled
-    broken = {"CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    compiled, found, said = three_steps(0, **broken)
+    assert "without compiling" not in said
+    return found
+
+
+@pytest.mark.parametrize("body", [None, "exit 1", "echo 14.0"], ids=["missing", "broken", "only a version"])
+def test_a_long_run_without_a_compiler_is_trained_as_a_short_one(
+    tmp_path: Path, plain_steps: list[float], body: str | None
+) -> None:
+    compiler = tmp_path / "compiler"
+    if body is not None:
+        compiler.write_text(f"#!/bin/sh\n{body}\n")
+        compiler.chmod(0o755)
+    compiled, found, said = three_steps(0, CXX=str(compiler), TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
     assert not compiled
-    assert found == plain
-    assert "training without compiling" in said
+    assert found == plain_steps
+    assert re.search(r"training without compiling, which for a run this long would be faster: .*\w{3}", said)
+
+
+@pytest.mark.parametrize("name", ["w4a4", "noise4", "w4-diffq", "w4-quantnoise"])
+def test_compressed_activations_and_random_numbers_are_not_compiled_by_default(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("QPIPE_COMPILE", raising=False)
+    monkeypatch.setattr(step, "LONG_RUN", 0)
+    run = small_run(name, steps=3)
+    assert not step.TrainingStep(Decoder(run.shape, run.format_spec), run, 4, single=True).compiling
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler")
-def test_a_long_run_is_compiled() -> None:
+def test_a_long_run_is_compiled(plain_steps: list[float]) -> None:
     compiled, found, said = three_steps(0)
     assert compiled
     assert "without compiling" not in said
-    assert found == pytest.approx(three_steps(0, QPIPE_COMPILE="0")[1], rel=1e-3)
+    assert found == pytest.approx(plain_steps, rel=1e-3)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -30,6 +31,7 @@ from qpipe.report.static import draw, render
 from qpipe.report.subject import Capacity, Multiplier, Subject
 
 CAPACITIES = {name: Capacity(2.0 + k, 0.3 + 0.1 * k, 4.0 ** -(k + 1)) for k, name in enumerate(EFF) if name != "dense"}
+HREF = "{http://www.w3.org/1999/xlink}href"
 HOSTILE = ["$x_{1}$", "_hidden", "<script>alert(1)</script>", 'w4 & a="b"', "<b>bold</b>", "Ω" * 40]
 
 
@@ -241,6 +243,20 @@ def test_a_fit_from_real_search_is_drawn_from_its_file(tmp_path, capsys):
         [f"{name}.{kind}" for name in names for kind in ("svg", "png")] + ["figures.json"]
     )
     assert "7 figures" in capsys.readouterr().out
+
+
+def test_what_an_svg_refers_to_is_there_once(tmp_path):
+    made(EFF).to_json(tmp_path / "fit.json")
+    write_figures(tmp_path / "fit.json", [], tmp_path)
+    for path in tmp_path.glob("*.svg"):
+        elements = [element.attrib for element in ElementTree.parse(path).iter()]
+        names = [attributes["id"] for attributes in elements if "id" in attributes]
+        wanted = [
+            name for attributes in elements for name in re.findall(r"url\(#(.+?)\)", " ".join(attributes.values()))
+        ]
+        wanted += [attributes[HREF].removeprefix("#") for attributes in elements if HREF in attributes]
+        assert wanted
+        assert all(names.count(name) == 1 for name in set(wanted)), path.name
 
 
 def test_bytes_are_equal_in_another_process(tmp_path):

@@ -122,6 +122,12 @@ class TensorFormat(_Part):
         """The described grid, or None."""
         return None if self.grid is None else parse_grid(self.grid)
 
+    @property
+    def draws(self) -> bool:
+        """Whether random numbers are drawn in training."""
+        grid = self.parsed_grid
+        return self.gradient == "uniform-noise" or self.share < 1 or (grid is not None and grid.family == "noise")
+
     def rotates_and_rounds(self, block: int) -> bool:
         """Whether GPUs rotate blocks of so many numbers and round them in one kernel, keeping a bit for each.
 

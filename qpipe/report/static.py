@@ -6,6 +6,7 @@ Text is drawn as outlines, so that a figure looks the same wherever it is opened
 
 import io
 import itertools
+import re
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -77,6 +78,9 @@ def draw(chart: Chart) -> Figure:
 
 
 Kind = Literal["svg", "png"]
+_DIGEST = re.compile(rb"\b[a-z][0-9a-f]{10}\b")
+"""What matplotlib calls a thing that others refer to."""
+
 _METADATA: dict[Kind, dict[str, Any]] = {"svg": {"Date": None, "Creator": "qpipe"}, "png": {"Software": "qpipe"}}
 
 
@@ -97,7 +101,16 @@ def _encode(figure: Figure, kind: Kind) -> bytes:
     buffer = io.BytesIO()
     with mpl.rc_context(_SETTINGS):
         figure.savefig(buffer, format=kind, dpi=_DPI, metadata=_METADATA[kind])
-    return buffer.getvalue()
+    return _numbered(buffer.getvalue()) if kind == "svg" else buffer.getvalue()
+
+
+def _numbered(svg: bytes) -> bytes:
+    """Name clips and markers by number instead of matplotlib's digests.
+
+    Those are taken of coordinates before they are rounded, and the layout's last digit differs from process to process.
+    """
+    order = {name: b"%c%d" % (name[0], number) for number, name in enumerate(dict.fromkeys(_DIGEST.findall(svg)))}
+    return _DIGEST.sub(lambda found: order[found.group()], svg)
 
 
 def _share_y(chart: Chart) -> bool:

@@ -9,6 +9,7 @@ so they need no place in a checkpoint.
 """
 
 import importlib
+import os
 import threading
 
 import torch
@@ -43,8 +44,7 @@ class TrainingModule(lightning.LightningModule):
         self.automatic_optimization = False
         self.run, self.batches, self.history = run, batches, history
         self.model = Decoder(run.shape, run.format_spec)
-        if torch.cuda.is_available():
-            _import_compiler(self.model)
+        self._importing = _import_compiler(self.model)
         self.model.initialize(run.seed)
         self.micro_batch = sequences_at_once(run.shape, run.training.batch_sequences)
         self.stream: BatchStream | None = None
@@ -72,6 +72,8 @@ class TrainingModule(lightning.LightningModule):
 
     def on_train_start(self) -> None:
         """Keep running means where the losses arise; prepare the step."""
+        if self._importing is not None:
+            self._importing.join()
         self.history.to(self.device)
         self.step = TrainingStep(self.model, self.run, self.micro_batch, single=self.trainer.world_size == 1)
 
@@ -94,8 +96,16 @@ class TrainingModule(lightning.LightningModule):
             self.model = unsharded(self.model, self.run.format_spec)
 
 
-def _import_compiler(model: Decoder) -> None:
+def _import_compiler(model: Decoder) -> threading.Thread | None:
     """Import the compiler on the side, if steps of this model need it: it takes a second, and so do weights."""
+    on_gpu = torch.cuda.is_available() and os.environ.get("QPIPE_ACCELERATOR") != "cpu"
     layers = (layer for layer in model.blocks.modules() if isinstance(layer, CompressedLinear))
-    if any(layer.needs_compiler for layer in layers) and switched_on("QPIPE_COMPILE", lambda: True):
-        threading.Thread(target=importlib.import_module, args=("torch._inductor.compile_fx",)).start()
+    if (
+        not on_gpu
+        or not any(layer.needs_compiler for layer in layers)
+        or not switched_on("QPIPE_COMPILE", lambda: True)
+    ):
+        return None
+    importing = threading.Thread(target=importlib.import_module, args=("torch._inductor.compile_fx",))
+    importing.start()
+    return importing

@@ -1,18 +1,18 @@
 """One optimizer step: forward and backward over the micro-batches, clipping, AdamW; on one GPU captured as a graph.
 
 A small model's step is hundreds of kernels of a few microseconds each, and launching them takes the host longer than
-running them takes the GPU. So on a single GPU the step is recorded once, after two ordinary steps have compiled and
-allocated everything, and then replayed as one launch (CUDA graph). What changes from step to step reaches the graph
+running them takes the GPU. So on a single GPU the step is recorded once, after two ordinary steps have put everything
+in place, and then replayed as one launch (CUDA graph). What changes from step to step reaches the graph
 through tensors in fixed places: the tokens, the learning rate, the share a mask schedule keeps, and the generator's
 seed. The kernels are the same ones, so captured and plain steps agree, but for two: a captured step represents the
 weights of all layers at once (`qpipe.compress.together`), and clips and takes AdamW's step in one launch
 (`qpipe.triton_adamw`; where weights are kept in bfloat16 it stays with torch's).
 
-Before the first step a captured one is rehearsed, so that its kernels are compiled side by side
+Before the first of all it is rehearsed, so that its kernels are compiled side by side
 (`qpipe.triton_launch`). In a captured step only what represents weights and activations is compiled, and only where it
 is no kernel of our own: dense models and QuEST's formats compile nothing. Blocks are otherwise matrix products and such
 kernels, for which a compiler would add little but its own time before the first step. Where launches are not captured
-whole blocks are compiled. On a CPU the way to the loss is compiled as a whole, in runs so long that it pays.
+whole blocks are compiled. On a CPU the way to the loss is compiled as a whole, in runs for which it pays.
 
 QPIPE_COMPILE=0 and QPIPE_CAPTURE=0 turn compiling and capturing off, to look for trouble.
 """
@@ -44,7 +44,7 @@ log = logging.getLogger("qpipe.train")
 
 LONG_RUN = 3e13
 """FLOPs of a run from which on compiling pays on a CPU: five to fifteen minutes of one core. It takes 6 to 40 s, and
-steps are then 1.1 to 1.5 times as fast."""
+steps are then 1.1 to 1.5 times as fast; but where activations are compressed hardly faster."""
 
 _PLAIN_STEPS = 2
 """Steps before capturing: the first compiles and creates the optimizer's state, the second finds all in place."""
@@ -99,7 +99,7 @@ class TrainingStep:
         self.model, self.run, self.micro_batch = model, run, micro_batch
         self.device = next(model.parameters()).device
         on_gpu = self.device.type == "cuda"
-        self.capturing = single and on_gpu and switched_on("QPIPE_CAPTURE", lambda: on_gpu)
+        self.capturing = single and on_gpu and switched_on("QPIPE_CAPTURE", lambda: True)
         self.compiling = switched_on("QPIPE_COMPILE", lambda: on_gpu or (single and _pays_on_a_cpu(run)))
         self.taken = 0
         self._optimizer: ReplayedAdamW | None = None
@@ -228,6 +228,7 @@ def compile_model(model: Decoder) -> None:
     On a CPU evaluation stays as it is, so that a record's loss is found again whatever was compiled.
     """
     if next(model.parameters()).device.type == "cpu":
+        _take_own_threads()
         model.loss = torch.compile(model.loss, dynamic=False)  # type: ignore[method-assign]
         return
     model.norm.compile(dynamic=False)
@@ -239,20 +240,35 @@ def compile_model(model: Decoder) -> None:
 
 
 def _pays_on_a_cpu(run: Run) -> bool:
-    """Whether compiling takes less time than it saves, and can be done."""
-    return run.flops >= LONG_RUN and compiler_works()
+    """Whether compiling takes less time than it saves, changes no more than rounding, and can be done.
+
+    A compiler draws random numbers of its own, so representations that draw some are left alone.
+    """
+    weights = run.format_spec.weights
+    pays = run.flops >= LONG_RUN and run.format_spec.activations is None and run.training.precision == "fp32"
+    if not pays or (weights is not None and weights.draws):
+        return False
+    if problem := compiler_problem():
+        log.warning("training without compiling, which for a run this long would be faster: %s", problem)
+    return not problem
 
 
 @functools.cache
-def compiler_works() -> bool:
-    """Whether functions can be compiled for this CPU: that takes a C++ compiler and Python's headers."""
+def compiler_problem() -> str:
+    """What keeps functions from being compiled for this CPU (a C++ compiler and Python's headers are needed), or ''."""
+    _take_own_threads()
     try:
         torch.compile(torch.square, dynamic=False)(torch.ones(64))
     except (RuntimeError, OSError) as error:  # the first is the base of what the compiler raises
-        reason = str(error).strip().splitlines()[0]
-        log.warning("training without compiling, which for a run this long would be faster: %s", reason)
-        return False
-    return True
+        return " ".join(str(error).split()) or type(error).__name__
+    return ""
+
+
+def _take_own_threads() -> None:
+    """Compile with as many processes as this one has threads: a study trains a run per core, at the same time."""
+    import torch._inductor.config
+
+    torch._inductor.config.compile_threads = torch.get_num_threads()
 
 
 def switched_on(name: str, default: Callable[[], bool]) -> bool:
