@@ -27,8 +27,11 @@ from qpipe.errors import QpipeError
 Words = NDArray[np.uint64]
 
 _ROUNDS = 12
-_PREFETCHED = 4
 _PLACES_AT_ONCE = 8192
+"""Places of the order that are worked out at a time, which takes some 8 ms."""
+
+_PREFETCHED = 16
+"""Batches read ahead: they last while the next places are worked out, even for steps of 1 ms."""
 
 
 @dataclass(frozen=True)
