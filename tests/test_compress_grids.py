@@ -1,6 +1,8 @@
 """Grids and rounding against standards, other libraries and brute force."""
 
 import itertools
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from qpipe.compress.prepare import prepare
 from qpipe.compress.quantize import compress
 from qpipe.compress.rotation import rotate
 from qpipe.compress.rounding import decode, encode, round_to_grid
-from qpipe.compress.scales import find_scale
+from qpipe.compress.scales import _search_at_once, absolute_maximum, find_scale
 from qpipe.compress.vectors import decode_vectors, nearest_codes
 from qpipe.formats import TensorFormat, parse_grid, resolve
 
@@ -201,3 +203,22 @@ def test_searched_scale_is_no_worse_than_any_other_on_the_list():
         value = (x / other).round().clamp(-4, 3) * other
         assert bool(((value - x).square().mean(-1) >= error - 1e-12).all())
     assert scale.shape == (4, 1)
+
+
+@pytest.mark.parametrize("name", ["w3-mse", "w1.58-mse"])
+def test_candidates_searched_at_once_and_one_by_one_give_the_same_scale(name: str):
+    part = prepare(resolve(name).weights)
+    x = torch.randn(40, 96, dtype=torch.float64)
+    x[3], x[7] = 0, torch.arange(96) % 2  # all zero; and where many candidates are equally good
+    assert part.high is not None
+    found = _search_at_once(x, absolute_maximum(x) / part.high, part)
+    torch.testing.assert_close(found, find_scale(x, part), rtol=1e-12, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler")
+def test_a_compiled_search_finds_the_scale_too():
+    part = prepare(resolve("w3-mse").weights)
+    x = torch.randn(40, 96)
+    found = torch.compile(find_scale, dynamic=False)(x, part)
+    torch.testing.assert_close(found, find_scale(x, part))

@@ -18,6 +18,8 @@ _E4M3 = parse_grid("e4m3")
 SEARCH_STEPS = 81
 """Candidates of the MSE search: 10 % to 110 % of the absolute-maximum scale, evenly spaced."""
 
+_SHARES = [0.1 + step / (SEARCH_STEPS - 1) for step in range(SEARCH_STEPS)]
+
 
 def grouped(x: Tensor, group: str | int) -> Tensor:
     """View `x`, shape (..., width), with its groups along the last dimension."""
@@ -68,14 +70,29 @@ def _search(x: Tensor, prepared: Prepared) -> Tensor:
     """Scale with the least squared error among `SEARCH_STEPS` shares of the absolute-maximum scale."""
     assert prepared.grid is not None
     largest = absolute_maximum(x) / prepared.high
+    if torch.compiler.is_compiling():  # it would write the loop out
+        return _search_at_once(x, largest, prepared)
     best, best_error = largest, torch.full_like(largest, math.inf)
-    for step in range(SEARCH_STEPS):
-        scale = largest * (0.1 + step / (SEARCH_STEPS - 1))
+    for share in _SHARES:
+        scale = largest * share
         value = round_to_grid(x * reciprocal(scale), prepared.grid) * scale
         error = (value - x).square().mean(dim=-1, keepdim=True)
         best = torch.where(error < best_error, scale, best)
         best_error = torch.minimum(error, best_error)
     return best
+
+
+def _search_at_once(x: Tensor, largest: Tensor, prepared: Prepared) -> Tensor:
+    """The same scale from all candidates side by side: a compiler makes one loop over them, and stores no array."""
+    assert prepared.grid is not None
+    scales = largest * torch.tensor(_SHARES, dtype=largest.dtype, device=x.device)  # (..., candidates)
+    wide, numbers = scales.unsqueeze(-1), x.unsqueeze(-2)
+    value = round_to_grid(numbers * reciprocal(wide), prepared.grid) * wide
+    error = (value - numbers).square().mean(dim=-1)
+    # The least error's first place; an argmin may choose any.
+    place = torch.arange(SEARCH_STEPS, device=x.device)
+    first = torch.where(error == error.amin(-1, keepdim=True), place, SEARCH_STEPS - 1).amin(-1, keepdim=True)
+    return scales.gather(-1, first)
 
 
 _RULES: dict[str, Callable[[Tensor, Prepared], Tensor]] = {
