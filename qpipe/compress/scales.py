@@ -12,13 +12,12 @@ from torch import Tensor
 
 from qpipe.compress.prepare import Prepared
 from qpipe.compress.rounding import round_to_grid
+from qpipe.compress.tables import constant
 from qpipe.formats import parse_grid
 
 _E4M3 = parse_grid("e4m3")
 SEARCH_STEPS = 81
 """Candidates of the MSE search: 10 % to 110 % of the absolute-maximum scale, evenly spaced."""
-
-_SHARES = [0.1 + step / (SEARCH_STEPS - 1) for step in range(SEARCH_STEPS)]
 
 
 def grouped(x: Tensor, group: str | int) -> Tensor:
@@ -73,7 +72,7 @@ def _search(x: Tensor, prepared: Prepared) -> Tensor:
     if torch.compiler.is_compiling():  # it would write the loop out
         return _search_at_once(x, largest, prepared)
     best, best_error = largest, torch.full_like(largest, math.inf)
-    for share in _SHARES:
+    for share in _shares(largest):
         scale = largest * share
         value = round_to_grid(x * reciprocal(scale), prepared.grid) * scale
         error = (value - x).square().mean(dim=-1, keepdim=True)
@@ -82,10 +81,16 @@ def _search(x: Tensor, prepared: Prepared) -> Tensor:
     return best
 
 
+def _shares(like: Tensor) -> Tensor:
+    """Candidates as shares of the absolute-maximum scale, kept on the device: a captured step can copy none to it."""
+    shares = [0.1 + step / (SEARCH_STEPS - 1) for step in range(SEARCH_STEPS)]
+    return constant("shares", lambda: torch.tensor(shares, dtype=torch.float64), like.device, like.dtype)
+
+
 def _search_at_once(x: Tensor, largest: Tensor, prepared: Prepared) -> Tensor:
     """The same scale from all candidates side by side: a compiler makes one loop over them, and stores no array."""
     assert prepared.grid is not None
-    scales = largest * torch.tensor(_SHARES, dtype=largest.dtype, device=x.device)  # (..., candidates)
+    scales = largest * _shares(largest)  # (..., candidates)
     wide, numbers = scales.unsqueeze(-1), x.unsqueeze(-2)
     value = round_to_grid(numbers * reciprocal(wide), prepared.grid) * wide
     error = (value - numbers).square().mean(dim=-1)
