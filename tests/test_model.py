@@ -240,6 +240,21 @@ def test_all_representations_start_from_the_same_weights(representation: str) ->
         assert torch.equal(state[name], value), name
 
 
+@pytest.mark.parametrize("representation", ["dense", "w4a4", "2:4", "powerprop", "w2-lsq", "noise4"])
+def test_making_a_model_draws_nothing_and_initializing_gives_every_weight_a_value(representation: str) -> None:
+    before = torch.get_rng_state()
+    decoder = Decoder(small_shape(qkv_bias=True), resolve(representation))
+    assert torch.equal(torch.get_rng_state(), before)
+    weights = [weight for weight in decoder.parameters() if not hasattr(weight, "is_scale")]
+    for weight in weights:
+        weight.data.fill_(float("nan"))
+    decoder.initialize(0)
+    assert all(weight.isfinite().all() for weight in weights)
+    generator = torch.Generator().manual_seed(0)
+    first = torch.empty(decoder.embedding.weight.shape).normal_(0, 0.02, generator=generator)
+    assert torch.equal(decoder.embedding.weight, first)
+
+
 def test_embedding_head_and_norms_stay_in_high_precision() -> None:
     decoder = Decoder(small_shape(), resolve("w4a4"))
     kinds = {name: type(module).__name__ for name, module in decoder.named_modules()}

@@ -9,7 +9,7 @@ environment:
   QPIPE_SCRATCH             folder for checkpoints (default: OUT/scratch)
   QPIPE_CHECKPOINT_SECONDS  time between checkpoints (default: 600)
   QPIPE_ACCELERATOR         cpu, gpu or auto (default: auto)
-  QPIPE_COMPILE             0 or 1: compile what has no kernel of our own (default: 1 on GPUs, on CPUs for long runs)
+  QPIPE_COMPILE             0 or 1: compile what has no kernel of our own (default: 1 on GPUs; CPUs: docs/training.md)
   QPIPE_CAPTURE             0 or 1: replay the step as one graph (default: on single GPUs)
   QPIPE_WANDB_MODE          online, offline or disabled; QPIPE_WANDB_PROJECT, _ENTITY, _GROUP
   QPIPE_DEVICES             devices that train the run together, a process each (default: 1)
