@@ -7,8 +7,11 @@ from qpipe.attention import causal_attention, has_kernel, rotated_parts
 from qpipe.compress.dense import DenseLinear
 from qpipe.compress.prepare import prepare
 from qpipe.compress.rotation import hadamard
+from qpipe.compress.rounding import round_to_grid
+from qpipe.compress.scales import find_scale, reciprocal
+from qpipe.compress.vectors import decode_vectors, nearest_codes
 from qpipe.cross_entropy import CHUNK_ELEMENTS, linear_cross_entropy
-from qpipe.formats import resolve
+from qpipe.formats import parse_grid, resolve
 from qpipe.model import embed, embed_norm, swiglu
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -284,6 +287,42 @@ def test_weights_rounded_together_and_their_gradients(block: int, shapes: list[t
         assert ((copy.cpu().double() - expected).abs() > 3e-3).double().mean() < 2 * block * 1e-5
         assert weight.grad is not None
         assert (weight.grad.cpu().double() - gradient).norm() < 1e-3 * gradient.norm()
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [6, 130, 640])
+@pytest.mark.parametrize("name", ["w4-mse", "w1-mse", "w1.58-mse", "w4e2m1-mse", "w8e4m3-mse"])
+def test_searched_scale_has_the_least_error(name: str, width: int, dtype: torch.dtype):
+    part = resolve(name).weights
+    assert part is not None
+    prepared = prepare(part)
+    assert prepared.grid is not None
+    torch.manual_seed(0)
+    x = torch.randn(40, width).to(dtype)
+    x[3], x[5] = 0, torch.linspace(-1, 4, width)
+
+    def error(scale: torch.Tensor) -> torch.Tensor:
+        assert prepared.grid is not None
+        return (round_to_grid(x * reciprocal(scale), prepared.grid) * scale - x).square().sum(-1)
+
+    found = find_scale(x.cuda(), prepared).cpu().double()
+    x = x.double()
+    expected = find_scale(x, prepared)
+    assert torch.allclose(error(found), error(expected), rtol=1e-4, atol=0)
+    assert (found - expected).abs().le(1e-6 * expected).double().mean() > 0.9  # errors of two may be nearly equal
+
+
+@on_gpu
+@pytest.mark.parametrize("count", [1, 5000])
+def test_nearest_points_of_the_e8_ball(count: int):
+    grid = parse_grid("e8x65536")
+    points = decode_vectors(torch.arange(65536).unsqueeze(-1), grid, torch.zeros(1, dtype=torch.float64))
+    torch.manual_seed(0)
+    x = 1.2 * torch.randn(count, 8)
+    codes = nearest_codes(x.cuda(), grid).cpu()
+    found = points[codes[:, 0]] - x.double()
+    assert torch.allclose(found.norm(dim=-1), torch.cdist(x.double(), points).amin(-1), rtol=1e-5)
 
 
 @on_gpu

@@ -15,6 +15,9 @@ from qpipe.compress.rounding import round_to_grid
 from qpipe.compress.tables import constant
 from qpipe.formats import parse_grid
 
+if torch.cuda.is_available():
+    from qpipe.compress import triton_search
+
 _E4M3 = parse_grid("e4m3")
 SEARCH_STEPS = 81
 """Candidates of the MSE search: 10 % to 110 % of the absolute-maximum scale, evenly spaced."""
@@ -68,6 +71,9 @@ def _absmean(x: Tensor, prepared: Prepared) -> Tensor:
 def _search(x: Tensor, prepared: Prepared) -> Tensor:
     """Scale with the least squared error among `SEARCH_STEPS` shares of the absolute-maximum scale."""
     assert prepared.grid is not None
+    if x.is_cuda and triton_search.searches_scale(x, prepared.grid):
+        shares = _shares(x.new_empty(0, dtype=torch.float32))
+        return triton_search.search_scale(x, shares, prepared.grid, prepared.low, prepared.high)
     largest = absolute_maximum(x) / prepared.high
     if torch.compiler.is_compiling():  # it would write the loop out
         return _search_at_once(x, largest, prepared)

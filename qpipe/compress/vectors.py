@@ -12,6 +12,9 @@ from torch import Tensor
 from qpipe.compress.tables import code_table, magnitude_table
 from qpipe.formats import Grid
 
+if torch.cuda.is_available():
+    from qpipe.compress import triton_search
+
 E8_UNIT = 0.968
 """Grid unit in standard deviations with the least error for N(0, 1) data, found by search (flat within +-0.005)."""
 _CHUNK = 2**22
@@ -21,11 +24,14 @@ _CHUNK = 2**22
 def nearest_codes(y: Tensor, grid: Grid) -> Tensor:
     """Index of the nearest code vector, shape (..., width / dimension), int64."""
     vectors = y.unflatten(-1, (-1, grid.dimension)).flatten(0, -2)
+    shape = (*y.shape[:-1], y.shape[-1] // grid.dimension)
+    if y.is_cuda and y.dtype == torch.float32 and grid.family == "lattice":
+        return triton_search.nearest_e8(vectors, magnitude_table(vectors)).reshape(shape)
     search = _search_e8 if grid.family == "lattice" else _search_book
     per_vector = 256 if grid.family == "lattice" else grid.codes
     parts = vectors.split(max(_CHUNK // per_vector, 1)) if not torch.compiler.is_compiling() else (vectors,)
     codes = torch.cat([search(part, grid) for part in parts])
-    return codes.reshape(*y.shape[:-1], y.shape[-1] // grid.dimension)
+    return codes.reshape(shape)
 
 
 def decode_vectors(codes: Tensor, grid: Grid, like: Tensor) -> Tensor:
