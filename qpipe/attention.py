@@ -19,6 +19,12 @@ if torch.cuda.is_available():
 SMALL_HEADS = (32, 64)
 """Sizes of heads (numbers) for which our own kernels are faster than the library's."""
 
+LONGEST_KEPT = 512
+"""Tokens up to which compiled attention keeps its scores on a CPU; of longer sequences they would need much memory."""
+
+_SHORTEST_PIECE, _MOST_PIECES = 64, 4
+"""Queries of a piece and pieces of a sequence there: more pieces skip more of the future, and have smaller products."""
+
 
 def causal_attention(qkv: Tensor, cosine: Tensor, sine: Tensor, heads: int, kv_heads: int) -> Tensor:
     """Return the mixed values (B, T, H, head_dim) of heads that are not yet rotated.
@@ -36,6 +42,8 @@ def causal_attention(qkv: Tensor, cosine: Tensor, sine: Tensor, heads: int, kv_h
         mixed: Tensor = triton_attention.RotaryAttention.apply(qkv, cosine, sine, heads, kv_heads)
         return mixed
     query, key, value = (part.transpose(1, 2) for part in rotated_parts(qkv, cosine, sine, heads, kv_heads))
+    if _keeps_scores(query, key):
+        return attention_in_pieces(query, key, value).transpose(1, 2)
     gqa = heads != kv_heads
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=gqa).transpose(1, 2)
 
@@ -44,6 +52,29 @@ def has_kernel(qkv: Tensor) -> bool:
     """Whether attention of these heads has a kernel of our own, which compiled blocks do not use."""
     small = qkv.dtype.itemsize == 2 and qkv.shape[-1] in SMALL_HEADS
     return small and qkv.is_cuda and not torch.compiler.is_compiling()
+
+
+def _keeps_scores(query: Tensor, key: Tensor) -> bool:
+    """Whether `attention_in_pieces` is faster than the library: compiled, on a CPU, in float32."""
+    on_cpu = query.device.type == "cpu" and query.dtype == torch.float32
+    return on_cpu and torch.compiler.is_compiling() and query.shape == key.shape and query.shape[2] <= LONGEST_KEPT
+
+
+def attention_in_pieces(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Causal attention (B, H, T, head_dim) as batched products: each piece of queries with the keys up to its end.
+
+    Probabilities are kept for the gradient, which the library works out again, and most of the future is never touched.
+    """
+    batch, heads, length, head_dim = query.shape
+    query, key, value = (part.flatten(0, 1) for part in (query * (1 / math.sqrt(head_dim)), key, value))
+    size = max(_SHORTEST_PIECE, math.ceil(length / _MOST_PIECES))
+    mixed = []
+    for start in range(0, length, size):
+        end = min(start + size, length)
+        scores = torch.bmm(query[:, start:end], key[:, :end].transpose(1, 2))
+        later = torch.arange(end, device=query.device) > torch.arange(start, end, device=query.device)[:, None]
+        mixed.append(torch.bmm(torch.softmax(scores.masked_fill(later, -math.inf), dim=-1), value[:, :end]))
+    return torch.cat(mixed, dim=1).unflatten(0, (batch, heads))
 
 
 def rotary_tables(shape: ModelShape) -> tuple[Tensor, Tensor]:

@@ -85,14 +85,13 @@ def _gradient(logits: Tensor, target: Tensor, scale: float, losses: Tensor) -> T
     if logits.is_cuda:
         triton_kernels.softmax_gradient_(logits, target, scale, losses)
         return logits
-    if logits.dtype == torch.float32:  # in place: a row is read twice, for its sum and then number by number
-        log_probability = torch.log_softmax(logits, dim=-1, out=logits)
-    else:
-        log_probability = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
-    torch.neg(log_probability.gather(1, target)[:, 0], out=losses)
-    gradient = log_probability.exp_()
-    gradient.scatter_add_(1, target, gradient.new_full((), -1.0).expand_as(target))
-    return gradient.mul_(scale).to(logits.dtype)
+    # Softmax's exponential is faster than the library's exp. The likeliest class, at least 1 / V, tells the sum of all.
+    top, correct = logits.amax(1).float(), logits.gather(1, target)[:, 0].float()
+    whole = logits.dtype == torch.float32
+    probability = torch.softmax(logits, -1, out=logits) if whole else torch.softmax(logits, -1, dtype=torch.float32)
+    torch.sub(top.sub_(probability.amax(1).log_()), correct, out=losses)
+    probability.scatter_add_(1, target, probability.new_full((), -1.0).expand_as(target))
+    return probability.mul_(scale).to(logits.dtype)
 
 
 def _add_product(total: Tensor, gradient: Tensor, part: Tensor, *, first: bool) -> None:

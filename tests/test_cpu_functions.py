@@ -13,7 +13,7 @@ from torch import Tensor
 from training_cases import small_run, small_shape
 
 from qpipe import cpu_functions
-from qpipe.attention import rotary_tables, rotated_parts
+from qpipe.attention import attention_in_pieces, rotary_tables, rotated_parts
 from qpipe.formats import resolve
 from qpipe.model import Decoder, add_norm
 from qpipe.train import step
@@ -62,14 +62,27 @@ def test_rotary_equals_float64(numbers: int, kv_heads: int, monkeypatch: pytest.
     assert_float32_of(found, exact)
 
 
+@pytest.mark.parametrize("length", [5, 64, 100, 300])
+def test_attention_in_pieces_equals_float64(length: int) -> None:
+    values = [torch.randn(2, 3, length, 8) for _ in range(3)]
+    leaves = [value.requires_grad_() for value in values]
+    exact_leaves = [value.detach().double().requires_grad_() for value in values]
+    result = attention_in_pieces(*leaves)
+    exact = torch.nn.functional.scaled_dot_product_attention(*exact_leaves, is_causal=True)
+    found = [result, *gradients((result,), leaves)]
+    assert_float32_of(found, [exact, *gradients((exact,), exact_leaves)])
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler")
-@pytest.mark.parametrize("representation", ["dense", "w4", "2:4"])
-def test_compiled_step_equals_the_plain_one(representation: str) -> None:
-    tokens = torch.randint(0, 64, (4, 17))
+@pytest.mark.parametrize(
+    ("representation", "length"), [("dense", 16), ("w4", 16), ("2:4", 16), ("dense", 130), ("dense", 600)]
+)
+def test_compiled_step_equals_the_plain_one(representation: str, length: int) -> None:
+    tokens = torch.randint(0, 64, (4, length + 1))
     results = []
     for compiled in (False, True):
-        decoder = Decoder(small_shape(), resolve(representation))
+        decoder = Decoder(small_shape(context=length), resolve(representation))
         decoder.initialize(0)
         if compiled:
             step.compile_model(decoder)
