@@ -33,7 +33,7 @@ print(json.dumps({"imports": imported - begin, "device": ready - imported, "firs
 def first_step(name: str, options: argparse.Namespace, caches: Path) -> dict[str, float]:
     """Return seconds of imports, of opening the device and to the first step of one new process."""
     shape = {key: getattr(options, key) for key in ("recipe", "size", "vocab_size", "context", "sequences")}
-    told = {**shape, "representation": name, "steps": 14, "plain": False}
+    told = {**shape, "representation": name, "steps": 14}
     folders = {key: str(caches / key) for key in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")}
     environment = {**os.environ, **folders, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(

@@ -6,9 +6,12 @@ reference   the algorithm of the published training code (`quest_reference.py`),
 half ref.   the same with its other quantizer, which leaves operands rotated
 bare        qpipe's step in a plain loop
 lightning   qpipe's step as `qpipe train` runs it: Lightning's Trainer, its data, history and recorder
+uncaptured  the same with `QPIPE_CAPTURE=0`: launch by launch, blocks compiled
+
+Ratios of one size come last. Times of one invocation only are to be divided by each other: machines differ by 3%.
 
     python benchmarks/training_gpu.py --size 30M --representation dense w4a4 w4 2:4 s50 --reference dense w4a4 w4
-    python benchmarks/training_gpu.py --recipe tiny --size 1M 3M --vocab-size 4096 --plain
+    python benchmarks/training_gpu.py --recipe tiny --size 1M 3M --vocab-size 4096 --uncaptured
 """
 
 import argparse
@@ -19,6 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -121,7 +125,7 @@ def bare_step(run: Run, options: argparse.Namespace) -> Callable[[int], object]:
     model = Decoder(run.shape, run.format_spec)
     model.initialize(0)
     optimizer, tokens = make_optimizer(model.cuda(), run.training), random_tokens(run)
-    training = TrainingStep(model, run, run.training.batch_sequences, single=not options.plain)
+    training = TrainingStep(model, run, run.training.batch_sequences, single=True)
 
     def step(number: int) -> None:
         with torch.autocast("cuda", torch.bfloat16):
@@ -158,8 +162,6 @@ class _Timer(lightning.Callback):
 
 def time_lightning(run: Run, options: argparse.Namespace) -> tuple[Clock, float]:
     """Return the clock and the share of the time it counts in which the host waited for data."""
-    if options.plain:
-        os.environ["QPIPE_CAPTURE"] = "0"
     timer = _Timer(options.steps)
     split: Any = RandomSplit(run.shape.vocab_size)
     batches = Batches(split, run.shape.context, run.training.batch_sequences, run.seed)
@@ -259,6 +261,20 @@ def matmul_ceiling(size: int = 8192) -> tuple[float, float]:
     return burst, rate(1000)
 
 
+def ratios(rows: Sequence[dict[str, Any]]) -> str:
+    """Speed through Lightning over each other way of the same representation, and time over dense: one line each."""
+    speeds = {(row["representation"], row["how"]): row["tokens_per_second"] for row in rows}
+    lines = []
+    for (name, how), speed in speeds.items():
+        if how != "lightning":
+            continue
+        parts = [f"{speed / other:.3f}x {way}" for (own, way), other in speeds.items() if own == name and way != how]
+        if name != "dense" and ("dense", how) in speeds:
+            parts.append(f"{speeds['dense', how] / speed:.3f}x the time of dense")
+        lines += [f"{name:<14}{', '.join(parts)}"] if parts else []
+    return "\n".join(lines)
+
+
 def fresh() -> None:
     gc.collect()
     torch.cuda.empty_cache()
@@ -276,7 +292,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--plain", action="store_true", help="do not capture the step as a graph")
+    parser.add_argument("--uncaptured", action="store_true", help="also time the step without capturing it as a graph")
     parser.add_argument("--no-bare", action="store_true")
     parser.add_argument("--profile", help="write kernel times and timeline of each representation into this folder")
     parser.add_argument("--without", nargs="*", default=[], choices=KERNELS, help="kernels to leave out")
@@ -329,6 +345,11 @@ def main() -> None:
                 if not options.no_bare:
                     add(run, "bare", loop(bare_step(run, options), options.steps))
                     fresh()
+                if options.uncaptured:
+                    with patch.dict(os.environ, QPIPE_CAPTURE="0"):
+                        clock, waited = time_lightning(run, options)
+                    add(run, "uncaptured", clock, waited=waited)
+                    fresh()
                 if options.profile:
                     folder = Path(options.profile)
                     folder.mkdir(exist_ok=True)
@@ -342,6 +363,7 @@ def main() -> None:
                         fresh()
             except Exception as error:
                 print(f"{size} {name}: {type(error).__name__}: {str(error)[:1500]}", flush=True)
+        print(ratios([row for row in rows if row["size"] == size]), flush=True)
     if options.json:
         Path(options.json).write_text(json.dumps(rows, indent=1))
 
