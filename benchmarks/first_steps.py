@@ -21,7 +21,7 @@ begin = time.perf_counter()
 import torch
 from training_gpu import WARM_STEPS, make_run, time_lightning
 imported = time.perf_counter()
-options = argparse.Namespace(**json.loads(sys.argv[1]))
+options = argparse.Namespace(**json.loads(sys.argv[1]), steps=WARM_STEPS + 2)
 run = make_run(options.size, options.representation, options)
 torch.zeros(1, device="cuda")
 ready = time.perf_counter()
@@ -32,8 +32,7 @@ print(json.dumps({"imports": imported - begin, "device": ready - imported, "firs
 
 def first_step(name: str, options: argparse.Namespace, caches: Path) -> dict[str, float]:
     """Return seconds of imports, of opening the device and to the first step of one new process."""
-    shape = {key: getattr(options, key) for key in ("recipe", "size", "vocab_size", "context", "sequences")}
-    told = {**shape, "representation": name, "steps": 14}
+    told = {**vars(options), "representation": name}
     folders = {key: str(caches / key) for key in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")}
     environment = {**os.environ, **folders, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(

@@ -19,7 +19,7 @@ if torch.cuda.is_available():
 SMALL_HEADS = (32, 64)
 """Sizes of heads (numbers) for which our own kernels are faster than the library's."""
 
-LONGEST_KEPT = 512
+_LONGEST_KEPT = 512
 """Tokens up to which compiled attention keeps its scores on a CPU; of longer sequences they would need much memory."""
 
 _SHORTEST_PIECE, _MOST_PIECES = 64, 4
@@ -57,13 +57,14 @@ def has_kernel(qkv: Tensor) -> bool:
 def _keeps_scores(query: Tensor, key: Tensor) -> bool:
     """Whether `attention_in_pieces` is faster than the library: compiled, on a CPU, in float32."""
     on_cpu = query.device.type == "cpu" and query.dtype == torch.float32
-    return on_cpu and torch.compiler.is_compiling() and query.shape == key.shape and query.shape[2] <= LONGEST_KEPT
+    return on_cpu and torch.compiler.is_compiling() and query.shape == key.shape and query.shape[2] <= _LONGEST_KEPT
 
 
 def attention_in_pieces(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Causal attention (B, H, T, head_dim) as batched products: each piece of queries with the keys up to its end.
 
-    Probabilities are kept for the gradient, which the library works out again, and most of the future is never touched.
+    Probabilities are kept for the gradient, which the library works out again, and up to three quarters of the future
+    are never touched.
     """
     batch, heads, length, head_dim = query.shape
     query, key, value = (part.flatten(0, 1) for part in (query * (1 / math.sqrt(head_dim)), key, value))

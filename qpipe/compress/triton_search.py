@@ -1,7 +1,7 @@
 """Searches over many candidates per number, on a GPU: of scales with the least error, and of E8 lattice points.
 
-What a compiler makes of such a search stores or reads its numbers once per candidate, and is a handful of kernels that
-take ten seconds to compile. Here a warp stays with a row, or a thread with a lattice vector, while it goes through all
+What a compiler makes of such a search stores or reads its numbers once per candidate, and is a dozen kernels that take
+eight seconds to compile. Here a warp stays with a row, or a thread with its lattice vectors, while it goes through all
 candidates, and nothing is stored but the answer. To a compiler either search is one operation that it leaves alone.
 Imported only where there is a GPU.
 """

@@ -44,7 +44,7 @@ log = logging.getLogger("qpipe.train")
 
 LONG_RUN = 3e13
 """FLOPs of a run from which on compiling pays on a CPU: five to fifteen minutes of one core. It takes 4 to 50 s, and
-steps are then 1.1 to 1.5 times as fast; but where activations are compressed hardly faster."""
+steps are then 1.05 to 1.5 times as fast; but where activations are compressed hardly faster."""
 
 _PLAIN_STEPS = 2
 """Steps before capturing: the first compiles and creates the optimizer's state, the second finds all in place."""
