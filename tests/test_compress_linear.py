@@ -138,17 +138,22 @@ def test_cubic_schedule_ends_at_the_final_sparsity():
     assert zeros == [0, 0, round(5000 * 0.8 * (1 - 0.5**3)), 4000, 4000]
 
 
-def test_compiled_layer_gives_the_same_result():
-    layer = make_linear(64, 32, resolve("2:4+w4a4"))
-    x = torch.randn(16, 64)
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    expected = layer(x)
-    expected.sum().backward()
-    gradient, layer.weight.grad = layer.weight.grad, None
-    result = compiled(x)
-    result.sum().backward()
-    torch.testing.assert_close(result, expected)
-    torch.testing.assert_close(layer.weight.grad, gradient)
+@pytest.mark.parametrize("name", ["2:4+w4a4", "s50+w4a4-lsq", "w2-seq", "w4a4-pact"])
+def test_compiled_layer_gives_the_same_result(name: str):
+    layer = make_linear(64, 32, resolve(name))
+    x = torch.randn(16, 64, requires_grad=True)
+    layer(x)  # finds trained scales
+    leaves = {"input": x, **dict(layer.named_parameters())}
+    results = []
+    for call in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+        result = call(x)
+        result.square().sum().backward()
+        results.append({"result": result.detach(), **{name: leaf.grad for name, leaf in leaves.items()}})
+        layer.zero_grad()
+        x.grad = None
+    plain, compiled = results
+    for key, expected in plain.items():
+        torch.testing.assert_close(compiled[key], expected, msg=lambda said, key=key: f"{key}: {said}")
 
 
 def test_bad_width_is_refused_when_the_layer_is_built():

@@ -18,7 +18,7 @@ from qpipe.recipe import QUEST, TINY
 from qpipe.train.data import Batches, BatchStream, permute
 from qpipe.train.schedule import learning_rate
 from qpipe.train.seeds import step_seed
-from qpipe.train.step import parameter_groups
+from qpipe.train.step import TrainingStep, make_optimizer, parameter_groups
 from qpipe.train.validation import Validation, all_windows, some_windows
 
 
@@ -181,6 +181,19 @@ def test_weight_decay_is_for_linear_weights_of_blocks_only() -> None:
     rest = {names[id(p)] for p in others["params"]}
     assert {"embedding.weight", "head.weight", "norm.weight", "blocks.0.attention.qkv.weight_scale"} <= rest
     assert len(decayed["params"]) + len(others["params"]) == len(names)
+
+
+def test_a_parameter_without_a_gradient_is_noticed_in_the_first_step() -> None:
+    run = small_run("w2-lsq")
+    model = Decoder(run.shape, run.format_spec)
+    model.initialize(0)
+    model.blocks[1].attention.forgotten = torch.nn.Parameter(torch.ones(3))
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters() if "scale" not in name}
+    step, tokens = TrainingStep(model, run, 4, single=True), torch.randint(0, 64, (4, 17))
+    with pytest.raises(RuntimeError, match=r"at 1 of \d+ parameters, at blocks\.1\.attention\.forgotten"):
+        step(tokens, 0, make_optimizer(model, run.training))
+    for name, value in before.items():
+        assert torch.equal(model.get_parameter(name), value)
 
 
 def test_step_seeds_are_pure_and_distinct() -> None:

@@ -58,8 +58,9 @@ def compress(
         return x
     if grid is not None and grid.family == "noise":
         return add_noise(x, grid.bits, _choose(x, prepared, kept_share, per_token))
+    by = represent if by is None else by  # not `or`: torch 2.11's compiler breaks off there and loses gradients
     with torch.no_grad():
-        value, gate, slope = (by or represent)(x, prepared, scale, kept_share, per_token, training)
+        value, gate, slope = by(x, prepared, scale, kept_share, per_token, training)
     if slope is None:
         return straight_through(x, value, gate)
     assert scale is not None

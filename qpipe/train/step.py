@@ -139,6 +139,8 @@ class TrainingStep:
             optimizer.step()
             return self._loss, self._norm
         loss, norm = self._gradients(tokens, backward)
+        if self.taken == 1:
+            self._require_gradients()
         optimizer.step()
         optimizer.zero_grad()
         return loss, norm
@@ -185,6 +187,15 @@ class TrainingStep:
         loss = self._accumulate(tokens, backward)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.run.training.clip)
         return loss, norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def _require_gradients(self) -> None:
+        """Refuse to go on with parameters that would never be trained: compilers have lost gradients before."""
+        named = [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        if without := [name for name, parameter in named if parameter.grad is None]:
+            raise RuntimeError(
+                f"run {self.run.id}: no gradient arrives at {len(without)} of {len(named)} parameters, at "
+                f"{without[0]} for one: they would not be trained. QPIPE_COMPILE=0 may help; please report it"
+            )
 
     def _accumulate(self, tokens: Tensor, backward: Callable[[Tensor], None]) -> Tensor:
         """Accumulate the gradient of the mean loss over the sequences; return the loss."""
