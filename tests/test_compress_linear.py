@@ -148,7 +148,7 @@ def test_compiled_layer_gives_the_same_result(name: str):
     for call in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
         result = call(x)
         result.square().sum().backward()
-        results.append({"result": result.detach(), **{name: leaf.grad for name, leaf in leaves.items()}})
+        results.append({"result": result.detach(), **{key: leaf.grad for key, leaf in leaves.items()}})
         layer.zero_grad()
         x.grad = None
     plain, compiled = results

@@ -124,6 +124,11 @@ class TrainingStep:
         Returns
         -------
         Mean loss (nats/token) and gradient norm before clipping, on the device; overwritten by the next step.
+
+        Raises
+        ------
+        RuntimeError
+            The first step gives some parameter no gradient; nothing is updated then.
         """
         inner: ReplayedAdamW = getattr(optimizer, "optimizer", optimizer)
         if self.taken == 0:
